@@ -1,0 +1,1 @@
+"""The frozen base model, the adapters injected into it, and the batches that it computes."""

@@ -1,0 +1,119 @@
+"""One adapter's trainable tensors, and their names in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from mlora import ops
+from mlora.adapters import BlockSite, Init, LinearSite, Method
+from mlora.model.errors import ModelError
+
+
+class Adapter(nn.Module):
+    """The tensors that a method declares at the sites it takes, all float32.
+
+    Attributes:
+        name: of the adapter.
+        method: its typed config.
+        tensors: by site path and declared name.
+        blocks: feed-forward blocks it spans, by path.
+    """
+
+    def __init__(self, name: str, method: Method, linears: list[LinearSite], blocks: list[BlockSite], seed: int, device: torch.device) -> None:
+        super().__init__()
+        self.name, self.method = name, method
+        self.tensors: dict[str, dict[str, nn.Parameter]] = {}
+        self.inits: dict[str, dict[str, Init]] = {}
+        self.layers: dict[str, int] = {}
+        self.blocks = {b.path: _with_activation(b, method.activation) for b in blocks}
+        for site, inits in [
+            *((linear, method.linear_parameters(linear)) for linear in linears),
+            *((block, method.block_parameters(block)) for block in blocks),
+        ]:
+            if inits:
+                self._add(site, inits, seed, device)
+        self.blocks = {path: block for path, block in self.blocks.items() if path in self.tensors}
+
+    def _add(self, site: LinearSite | BlockSite, inits: dict[str, Init], seed: int, device: torch.device) -> None:
+        self.inits[site.path], self.layers[site.path] = inits, site.layer
+        self.tensors[site.path] = {}
+        for name, init in inits.items():
+            key = ops.stable_hash(seed, self.name, site.path, name)
+            parameter = nn.Parameter(initial(init, key, device))
+            self.tensors[site.path][name] = parameter
+            self.register_parameter(f"{site.path}.{name}".replace(".", ":"), parameter)
+
+    def file_names(self) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+        """Yield (name in a file, tensor, index of its first dimension or None) for every tensor of the adapter."""
+        for path, tensors in self.tensors.items():
+            for name, parameter in tensors.items():
+                if self.inits[path][name].stacked:
+                    for expert in range(parameter.shape[0]):
+                        yield self._file_name(path, name, f"experts.{expert}."), parameter, expert
+                else:
+                    yield self._file_name(path, name), parameter, None
+
+    def _file_name(self, path: str, name: str, expert: str = "") -> str:
+        prefix = self.method.file_prefix
+        if self.method.peft_type != "LORA":  # the predecessors' names leave out what lies above the decoder layers
+            layer = self.layers[path]
+            path = f"layers.{layer}.{path.partition(f'.{layer}.')[2]}"
+        leaf = {"router": "moe_gate.weight", "lora_magnitude_vector": name}.get(name, f"{name}.weight")
+        return f"{prefix}.{path}.{expert}{leaf}"
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors as files hold them, stacked ones taken apart; views of the live ones."""
+        return {name: (p if i is None else p[i]).detach() for name, p, i in self.file_names()}
+
+    def file_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients under the names of `file_tensors`; tensors without a gradient are left out."""
+        return {name: p.grad if i is None else p.grad[i] for name, p, i in self.file_names() if p.grad is not None}
+
+    @torch.no_grad()
+    def load_file_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Copy tensors named as in a file into the adapter.
+
+        Raises:
+            ModelError: tensors are missing, superfluous, or of another shape.
+        """
+        own = self.file_tensors()
+        problems = [f"missing {name}" for name in own if name not in tensors]
+        problems += [f"unexpected {name}" for name in tensors if name not in own]
+        problems += [
+            f"{name} is {list(tensors[name].shape)}, the base model needs {list(own[name].shape)}"
+            for name in own
+            if name in tensors and tensors[name].shape != own[name].shape
+        ]
+        if problems:
+            more = f" ... and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ModelError(f"{source} does not fit this base model: {'; '.join(problems[:5])}{more}")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def initial(init: Init, key: int, device: torch.device) -> Tensor:
+    """Return a tensor drawn from its declared distribution; drawn on the CPU, so equal on every device."""
+    if device.type == "meta":
+        return torch.empty(init.shape, device=device)
+    generator = torch.Generator().manual_seed(key & 0xFFFFFFFF)
+    tensor = torch.zeros(init.shape)
+    if init.kind == "normal":
+        tensor.normal_(0.0, init.scale, generator=generator)
+    elif init.kind == "kaiming":
+        bound = (6 / ((1 + init.scale**2) * init.shape[-1])) ** 0.5
+        tensor.uniform_(-bound, bound, generator=generator)
+    return tensor.to(device)
+
+
+def _with_activation(block: BlockSite, name: str | None) -> BlockSite:
+    if name is None:
+        return block
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ModelError(f"act_fn: {name!r} is not an activation of transformers; allowed: {', '.join(sorted(ACT2FN))}")
+    return replace(block, activation=ACT2FN[name])

@@ -1,0 +1,91 @@
+"""Attention over a packed stream: every sequence attends to itself alone, without a [T, T] mask.
+
+Registered with transformers under the name "packed". A packed forward hands the sequence lengths down as the keyword
+`packed_lengths`, beside a mask that no one reads; without them (generation) rows and their mask are ordinary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+PACKED = "packed"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend causally within each sequence.
+
+    Args:
+        module: the attention layer, asked for nothing.
+        query: [B, H, T, d]; key, value: [B, H or fewer, T, d].
+        attention_mask: [B, 1, T, S] for rows; not read in a packed batch.
+        scaling: factor on the scores.
+        dropout: must be 0, as in a frozen base.
+        sliding_window: tokens that a token sees, itself included; None for all.
+        softcap: scores s become softcap * tanh(s / softcap) (gemma2).
+        packed_lengths: tokens of each sequence of a packed batch.
+
+    Returns:
+        [B, T, H, d] and None for the weights that other implementations return.
+    """
+    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown or dropout:
+        raise NotImplementedError(f"packed attention knows no {', '.join(unknown) or 'dropout'}")
+    if packed_lengths is None:
+        mask = attention_mask if attention_mask is not None or query.shape[2] == 1 else _window(query.shape[2], sliding_window, query)
+        return _attend(query, key, value, mask, scaling, softcap).transpose(1, 2), None
+    if len(set(packed_lengths)) == 1:
+        rows = [t.unflatten(2, (-1, packed_lengths[0])).transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
+        out = _attend(*rows, _window(packed_lengths[0], sliding_window, query), scaling, softcap)
+        return out.transpose(1, 2).flatten(0, 1)[None], None
+    parts = [
+        _attend(q, k, v, _window(q.shape[2], sliding_window, q), scaling, softcap)
+        for q, k, v in zip(*(t.split(packed_lengths, dim=2) for t in (query, key, value)), strict=True)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _window(length: int, window: int | None, like: Tensor) -> Tensor | None:
+    """Return the mask [length, length] of a sliding window; None where plain causality says the same."""
+    if window is None or length <= window:
+        return None
+    position = torch.arange(length, device=like.device)
+    distance = position[:, None] - position
+    return (distance >= 0) & (distance < window)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None) -> Tensor:
+    causal = mask is None and q.shape[2] > 1
+    if softcap is None:
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=gqa)
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.float().softmax(-1).to(q.dtype) @ v
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)

