@@ -166,6 +166,10 @@ class MultiAdapterModel(nn.Module):
             raise
         return name
 
+    def restore_adapter(self, name: str, tensors: dict[str, Tensor], source: str) -> None:
+        """Set an adapter's tensors, all of them, from tensors named as in a file; `source` names it in errors."""
+        self._adapter(name).load_file_tensors(tensors, source)
+
     def save_adapter(self, name: str, path: str | Path) -> None:
         """Write an adapter to a folder: `adapter_config.json` and `adapter_model.safetensors`."""
         adapter = self._adapter(name)

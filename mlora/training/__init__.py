@@ -1,0 +1,1 @@
+"""Jobs, the loop that trains them together, and what a run writes."""

@@ -1,0 +1,140 @@
+"""The run folder: what a run writes, where, and never half."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mlora.config import ConfigError
+
+PACKAGES = ("mlora", "torch", "transformers", "datasets", "accelerate", "safetensors", "bitsandbytes", "peft")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or nothing: a temporary file beside it, synced, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+class RunFolder:
+    """Files of one run.
+
+    With "." as the folder, adapters lie side by side in the current folder, where the predecessors put them.
+
+    Args:
+        path: as given on the command line.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.adapters = self.path if path == "." else self.path / "adapters"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.results = self.path / "results.json"
+        self.config = self.path / "config.json"
+        self.environment = self.path / "environment.json"
+
+    def adapter(self, name: str) -> Path:
+        """Folder of one adapter."""
+        return self.adapters / name
+
+    def files(self, names: Iterable[str]) -> list[Path]:
+        """Return everything a run of these adapters writes."""
+        return [self.config, self.environment, self.metrics, self.results, *map(self.adapter, names)]
+
+    def require_free(self, names: Iterable[str]) -> None:
+        """Refuse to write over what lies there.
+
+        Raises:
+            ConfigError: an adapter's folder exists, or a config.json that no run wrote.
+        """
+        taken = [str(self.adapter(name)) for name in names if self.adapter(name).exists()]
+        if taken:
+            raise ConfigError(
+                f"{', '.join(taken)}: exists already; --overwrite replaces it, --resume goes on from its last "
+                "checkpoint, --load_adapter starts from it, --dir DIR writes elsewhere"
+            )
+        self.require_own()
+
+    def require_own(self) -> None:
+        """Refuse a folder whose config.json belongs to something else."""
+        if self.config.exists() and not self.environment.exists():
+            raise ConfigError(f"{self.config}: exists already and is not of a run; --dir DIR writes elsewhere")
+
+    def begin(self, config: dict[str, Any], command: list[str], options: dict[str, Any]) -> None:
+        """Write the resolved config and what it runs on."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.environment, environment(command, options))
+        write_json(self.config, config)
+
+    def log_step(self, adapter: str, step: int, measured: dict[str, float]) -> None:
+        """Append one optimizer step of one adapter to metrics.jsonl."""
+        line = json.dumps({"adapter": adapter, "step": step} | measured)
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def read_results(self) -> list[dict[str, Any]]:
+        """Return the results so far."""
+        return json.loads(self.results.read_text(encoding="utf-8")) if self.results.exists() else []
+
+    def add_result(self, result: dict[str, Any]) -> None:
+        """Write one result as soon as it exists, in place of an older one of the same adapter, task and metric."""
+        same = ("adapter", "task", "metric", "stage")
+        kept = [r for r in self.read_results() if any(r.get(key) != result.get(key) for key in same)]
+        write_json(self.results, [*kept, result])
+
+
+def environment(command: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run depends on besides its config."""
+    import torch
+
+    return {
+        "date": now(),
+        "command": command,
+        "options": options,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {name: installed for name in PACKAGES if (installed := _version(name))},
+    }
+
+
+def now() -> str:
+    """Return the time as ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def command_line() -> list[str]:
+    """Return the command that started this program, its own path shortened to its name."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

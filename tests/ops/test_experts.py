@@ -1,0 +1,89 @@
+"""The expert block that runs each frozen product once equals the one that runs every expert, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mlora import ops
+from mlora.adapters import METHODS, BlockSite, LinearSite, Segment
+from mlora.ops.reference import mixture_feed_forward
+
+D, I, N = 12, 20, 17
+
+
+def site(form: str) -> BlockSite:
+    torch.manual_seed(0)
+    outs = {"gated": (("gate_proj", I), ("up_proj", I)), "fused": (("gate_up_proj", 2 * I),), "plain": (("fc1", I),)}[form]
+    bias = form == "plain"
+    linears = [LinearSite(f"l.0.mlp.{n}", 0, D, o, nn.Linear(D, o, bias=bias).double(), True) for n, o in outs]
+    down = LinearSite("l.0.mlp.down_proj", 0, I, D, nn.Linear(I, D, bias=bias).double(), True)
+    return BlockSite("l.0.mlp", 0, D, tuple(linears), down, nn.functional.silu)
+
+
+def drive(method, p, experts, x, block, segment):
+    steps = method.block(p, experts, x, block, segment)
+    asked = next(steps)
+    hidden = steps.send(tuple(up.module(asked) for up in block.ups))
+    try:
+        steps.send(block.down.module(hidden))
+    except StopIteration as stop:
+        return stop.value
+
+
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlora.ops import lowrank
+
+    monkeypatch.setattr(lowrank, "compute_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(ops, "router_logits", lambda x, r: x @ r.T)
+
+
+@pytest.mark.parametrize("form", ["gated", "fused", "plain"])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("without", ["", "down_proj"])
+def test_block_equals_reference(form: str, top_k: int, without: str, float64: None) -> None:
+    block, draw = site(form), torch.Generator().manual_seed(3)
+    method = METHODS["mixlora"](r=3, lora_alpha=5, num_experts=4, top_k=top_k)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=draw, dtype=torch.float64) / shape[-1] ** 0.5).requires_grad_()
+
+    x, router = random(N, D), random(4, D)
+    linears = {s.name: s for s in (*block.ups, block.down) if s.name != without}
+    experts = {n: {"lora_A": random(4, 3, s.in_features), "lora_B": random(4, s.out_features, 3)} for n, s in linears.items()}
+    inputs = [x, router, *(t for p in experts.values() for t in p.values())]
+    outer = torch.randn(N, D, generator=draw, dtype=torch.float64)
+
+    fast = drive(method, {"router": router}, experts, x, block, Segment("a", 0, N))
+    weights, chosen = ops.top_k_routing(x @ router.T, top_k)
+    names = {up.name: str(i) for i, up in enumerate(block.ups)} | {"down_proj": "down"}
+    updates = {names[n]: (p["lora_A"], p["lora_B"], 5 / 3) for n, p in experts.items()}
+    slow = mixture_feed_forward(
+        x, weights, chosen, [up.module for up in block.ups], block.down.module, block.activate, updates
+    )
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-13)
+    # the weight of a single choice is the constant 1, which leaves the router without a gradient
+    wanted = inputs if top_k > 1 else [t for t in inputs if t is not router]
+    gradients = [torch.autograd.grad((y * outer).sum(), wanted, retain_graph=True) for y in (fast, slow)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_mixture_dropout_is_per_expert_and_repeatable() -> None:
+    block = site("gated")
+    for linear in (*block.ups, block.down):
+        linear.module.float()
+    method = METHODS["mixlora"](r=3, num_experts=4, top_k=2, lora_dropout=0.5)
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(N, D, generator=draw)
+    experts = {
+        s.name: {"lora_A": torch.randn(4, 3, s.in_features, generator=draw), "lora_B": torch.randn(4, s.out_features, 3, generator=draw)}
+        for s in (*block.ups, block.down)
+    }
+    router = {"router": torch.randn(4, D, generator=draw)}
+    keys = ops.stream_keys(0, "a", 0, torch.zeros(N), torch.arange(N))
+    one, two = (drive(method, router, experts, x, block, Segment("a", 0, N, keys)) for _ in range(2))
+    still = drive(method, router, experts, x, block, Segment("a", 0, N))
+    assert torch.equal(one, two) and not torch.allclose(one, still)

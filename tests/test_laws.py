@@ -1,0 +1,86 @@
+"""Laws that every registered method obeys on every family: a new method is tested by being registered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlora.adapters import METHODS, Method
+from mlora.model.batch import Batch
+from tests.families import FAMILIES, awaken, multi, rows
+
+SMALL = {"r": 4, "lora_dropout": 0.1}
+VARIANTS = {
+    "lora": METHODS["lora"](**SMALL),
+    "rslora": METHODS["lora"](**SMALL, use_rslora=True),
+    "lora-mlp": METHODS["lora"](**SMALL, target_modules="mlp"),
+    "mixlora": METHODS["mixlora"](**SMALL, num_experts=4, router_init_range=0.5),
+    "mixlora-jitter": METHODS["mixlora"](**SMALL, num_experts=3, top_k=3, jitter_noise=0.1, router_init_range=0.5),
+    "mixlora-attention": METHODS["mixlora"](**SMALL, num_experts=4, target_modules="attention", router_init_range=0.5),
+    "mixlora-experts": METHODS["mixlora"](**SMALL, num_experts=4, expert_lora={"r": 2, "lora_alpha": 5}),
+}
+CASES = [(v, "llama") for v in VARIANTS] + [(v, f) for v in ("lora", "mixlora") for f in FAMILIES if f != "llama"]
+
+
+def losses_and_gradients(model, batch, names):
+    for name in names:
+        for _, parameter in model.adapter_parameters(name):
+            parameter.grad = None
+    out = model(batch)
+    sum(o.loss + o.aux_loss for o in out.values()).backward()
+    return {n: (out[n].loss.item(), out[n].aux_loss.item(), model.adapter_gradients(n)) for n in names}
+
+
+def assert_same(one, other, tolerance=2e-5):
+    assert one[0] == pytest.approx(other[0], rel=tolerance) and one[1] == pytest.approx(other[1], rel=tolerance)
+    assert one[2].keys() == other[2].keys() and one[2]
+    largest = max(g.abs().max() for g in one[2].values())
+    for name, gradient in one[2].items():
+        scale = max(gradient.abs().max(), 1e-3 * largest)
+        assert (gradient - other[2][name]).abs().max() <= tolerance * 10 * scale, name
+
+
+@pytest.mark.parametrize(("variant", "family"), CASES)
+def test_laws(variant: str, family: str, tmp_path) -> None:
+    method: Method = VARIANTS[variant]
+    model = multi(family)
+    ids, mask = rows(6)
+    frozen = model.logits(ids, mask, [None] * 6)
+
+    model.add_adapter("x", method)
+    model.add_adapter("plain", METHODS["lora"](r=2, lora_dropout=0.2))
+    real = mask.bool()
+    start = model.logits(ids, mask, ["x"] * 6)
+    assert (start - frozen)[real].abs().max() < 1e-5, "a new adapter changes the model"
+
+    awaken(model)
+    owners = ["plain", "x", None, "x", "plain", None]
+    mixed = model.logits(ids, mask, owners)
+    for name in ("x", "plain", None):
+        own = [i for i, owner in enumerate(owners) if owner == name]
+        alone = model.logits(ids[own], mask[own], [name] * len(own))
+        assert (alone - mixed[own])[real[own]].abs().max() < 1e-5, f"{name}: company changes logits"
+        effect = (alone - frozen[own])[real[own]].abs().max()
+        assert (effect > 1e-2) if name else (effect < 1e-5), f"{name}: effect {effect}"
+
+    model.train()
+    together = losses_and_gradients(model, Batch.from_rows(ids, mask, None, owners), ["x", "plain"])
+    model.recompute = True
+    again = losses_and_gradients(model, Batch.from_rows(ids, mask, None, owners), ["x", "plain"])
+    model.recompute = False
+    for name in ("x", "plain"):
+        own = [i for i, owner in enumerate(owners) if owner == name]
+        batch = Batch.from_rows(ids[own], mask[own], None, [name] * len(own))
+        assert_same(losses_and_gradients(model, batch, [name])[name], together[name])
+        assert_same(again[name], together[name])
+    model.eval()
+    without = losses_and_gradients(model, Batch.from_rows(ids, mask, None, owners), ["x"])
+    assert without["x"][0] != together["x"][0], "dropout does nothing in training"
+
+    model.save_adapter("x", tmp_path / "x")
+    model.load_adapter(tmp_path / "x", "copy")
+    assert model.adapters["copy"].model_dump(exclude={"target_modules"}) == method.model_dump(exclude={"target_modules"})
+    assert torch.equal(model.logits(ids, mask, ["copy"] * 6), model.logits(ids, mask, ["x"] * 6))
+    padded = torch.cat([torch.zeros_like(ids), ids], 1), torch.cat([torch.zeros_like(mask), mask], 1)
+    left = model.logits(*padded, owners)[:, ids.shape[1] :]
+    assert (left - mixed)[real].abs().max() < 1e-5, "padding changes logits"
