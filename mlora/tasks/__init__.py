@@ -1,0 +1,19 @@
+"""Benchmarks: rows of published data sets as prompt, choices and answer. Knows neither tensors nor files."""
+
+from mlora.tasks import letter, loglikelihood  # noqa: F401  registers the tasks
+from mlora.tasks.base import TASKS, Protocol, Question, Row, RowError, Source, Task, UnknownTaskError, find_task
+from mlora.tasks.metrics import Score, accuracy
+
+__all__ = [
+    "TASKS",
+    "Protocol",
+    "Question",
+    "Row",
+    "RowError",
+    "Score",
+    "Source",
+    "Task",
+    "UnknownTaskError",
+    "accuracy",
+    "find_task",
+]
