@@ -1,0 +1,148 @@
+"""`launch.py gen`: a template and task names make a config file.
+
+A task that is no registered name is instruction data, a path or a hub id; the hub is not asked, so a name that looks
+like a misspelt task is refused rather than looked up.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlora.config.errors import ConfigError, Problem, show
+from mlora.config.job import CASUAL
+from mlora.config.jsonfile import read_json, write_json
+from mlora.config.load import parse_config
+from mlora.config.run import RunConfig
+from mlora.config.schema import run_schema
+from mlora.config.templates import find_template
+
+_MISSPELT = 0.8
+_FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz")
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What one adapter learns.
+
+    Attributes:
+        stem: of its name.
+        values: keys of its entry.
+    """
+
+    stem: str
+    values: dict[str, Any]
+
+
+def generate(
+    template: str,
+    tasks: str,
+    file_name: str | Path = "mlora.json",
+    *,
+    adapter_name: str | None = None,
+    data_path: str | None = None,
+    multi_task: bool = False,
+    append: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Write a config file with one adapter for each task, or one for all of them, and return what it says.
+
+    Args:
+        template: name or path.
+        tasks: task names, or paths and hub ids of instruction data, joined by ";".
+        file_name: of the config.
+        adapter_name: stem of the adapters' names; the tasks' own where left out.
+        data_path: one for each task joined by ";", or a folder with a subfolder for each task.
+        multi_task: train one adapter on the mixture of the tasks.
+        append: add to the config in the file rather than replace it.
+        overrides: keys of the file that replace the template's, where not None.
+
+    Raises:
+        ConfigError: for anything that cannot be trained as asked; nothing is written then.
+    """
+    source = find_template(template)
+    config = read_json(source)
+    parse_config(config, str(source))
+    entries = config["lora"]
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    for_run = {key: value for key, value in given.items() if key in run_schema()["properties"]}
+    for_each = {key: value for key, value in given.items() if key not in for_run}
+
+    if append:
+        config = read_json(file_name)
+        parse_config(config, str(file_name))
+    else:
+        config["lora"] = []
+    config |= for_run
+    names = [part.strip() for part in tasks.split(";") if part.strip()]
+    subjects = _subjects(names, _data_of_each(names, data_path), multi_task)
+    for entry in entries:
+        for subject in subjects:
+            name = f"{adapter_name or subject.stem}_{len(config['lora'])}"
+            config["lora"].append(
+                {"name": name, "task_name": CASUAL} | entry | {"name": name} | subject.values | for_each
+            )
+    typed = parse_config(config, str(file_name))
+    write_json(file_name, config)
+    return typed
+
+
+def _subjects(names: list[str], paths: list[str | None], multi_task: bool) -> list[_Subject]:
+    if multi_task:
+        data = {} if paths[0] is None else {"data": ";".join(map(str, paths))}
+        return [_Subject("multi_task", {"task_name": ";".join(names)} | data)]
+    return [_subject(name, path) for name, path in zip(names, paths, strict=True)]
+
+
+def _subject(name: str, path: str | None) -> _Subject:
+    from mlora.tasks import TASKS
+
+    if name in TASKS:
+        stem = name.rpartition(":")[2].replace("-", "_")
+        return _Subject(stem, {"task_name": name} | ({} if path is None else {"data": path}))
+    if name == CASUAL and path is None:
+        raise _wrong("--tasks", f"{show(CASUAL)} needs --data_path: the instruction data to train on")
+    if name != CASUAL:
+        _check_data(name, list(TASKS))
+    return _Subject(CASUAL, {"task_name": CASUAL, "data": path or name, "prompt": "alpaca"})
+
+
+def _check_data(name: str, tasks: list[str]) -> None:
+    """Refuse a misspelt task name and a file that is not there."""
+    if Path(name).expanduser().exists():
+        return
+    if name.endswith(_FILES) or name.startswith((".", "/", "~")):
+        raise _wrong("--tasks", f"{show(name)}: no such file or folder")
+    if "/" in name:
+        return
+    spellings = {task: task for task in tasks} | {task.rpartition(":")[2]: task for task in tasks}
+    match = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=_MISSPELT)
+    if match:
+        raise _wrong("--tasks", f"{show(name)} is no task; did you mean {show(spellings[match[0]])}?")
+
+
+def _data_of_each(names: list[str], data_path: str | None) -> list[str | None]:
+    if not names:
+        raise _wrong("--tasks", "names no task; `launch.py avail` lists them")
+    if data_path is None:
+        return [None] * len(names)
+    paths = [path.strip() for path in data_path.split(";")]
+    if len(paths) == len(names) > 1:
+        return list(paths)
+    if len(paths) > 1:
+        raise _wrong("--data_path", f"{len(paths)} paths for {len(names)} tasks; expected one for each, or one folder")
+    inside = [Path(paths[0]).expanduser() / name.replace(":", "-") for name in names]
+    missing = [folder.name for folder in inside if not folder.is_dir()]
+    if not missing:
+        return [str(folder) for folder in inside]
+    if len(names) == 1:
+        return [paths[0]]
+    message = f"{paths[0]} has no folder {', '.join(missing)}; several tasks need one path each, or a subfolder each"
+    raise _wrong("--data_path", message)
+
+
+def _wrong(flag: str, message: str) -> ConfigError:
+    return ConfigError(flag, [Problem("", message)])

@@ -1,0 +1,92 @@
+"""Reading and writing JSON files, stricter than the standard library: a key given twice is an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlora.config.check import join
+from mlora.config.errors import ConfigError, Problem
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that remembers which keys it was given more than once."""
+
+    repeated: tuple[str, ...] = ()
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        ConfigError: it cannot be read, is no JSON (with line and column), or gives a key twice.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(str(path), [Problem("", f"cannot be read: {error.strerror}")]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), [Problem("", f"is not UTF-8 text: byte {error.start}")]) from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, source: str) -> Any:
+    """Return the value of a JSON text; `source` names it in errors."""
+    try:
+        value = json.loads(text, object_pairs_hook=_remember)
+        problems = list(_repeated(value, ""))
+    except json.JSONDecodeError as error:
+        message = f"is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        raise ConfigError(source, [Problem("", message)]) from None
+    except RecursionError:
+        raise ConfigError(source, [Problem("", "is nested too deeply")]) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(source, [Problem("", f"is not JSON: {error}")]) from None
+    if problems:
+        raise ConfigError(source, problems)
+    return value
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file in one step: whoever reads it finds the old content or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=4, ensure_ascii=False)
+            file.write("\n")
+        os.chmod(temporary, path.stat().st_mode if path.exists() else 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _remember(pairs: list[tuple[str, Any]]) -> _Object:
+    value = _Object(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        value.repeated = tuple(key for key in value if keys.count(key) > 1)
+    return value
+
+
+def _repeated(value: Any, path: str) -> Iterator[Problem]:
+    if isinstance(value, _Object):
+        for key in value.repeated:
+            yield Problem(join(path, key), "is given more than once")
+        for key, item in value.items():
+            yield from _repeated(item, join(path, key))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _repeated(item, join(path, i))

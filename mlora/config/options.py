@@ -1,0 +1,74 @@
+"""What `launch.py run` and `train.py` are asked to do with a config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The flags of the command line, under their own names.
+
+    Attributes:
+        base_model: local folder, hub id, GGUF file, or "smollm2".
+        config: the JSON config file.
+        dir: folder that adapters and the run's files are written to.
+        load_adapter: continue training saved adapters rather than new ones.
+        inference: generate from prompts on standard input rather than train.
+        evaluate: evaluate saved adapters rather than train.
+        resume: go on from the newest complete checkpoint.
+        overwrite: replace existing adapter folders.
+        dry_run: print the plan and stop.
+        limit: rows read of each split; None leaves it to the config.
+        random_seed: of initial weights, data order and dropout.
+        deterministic: use deterministic kernels only.
+        num_gpus: processes of a data-parallel run.
+        cuda_device: GPUs to use, "0" or "0,1"; None for all.
+        dtype: of the base model's weights, "bf16", "fp16" or "fp32"; None for bf16 on CUDA, fp32 on the CPU.
+        quantize: "4bit" or "8bit"; None for full weights.
+        attn_impl: transformers' name of an attention implementation; None for packed sequences' own.
+        sliding_window: keep the window of base models that have one.
+        use_cache: keep keys and values in generation.
+        tf32: allow TensorFloat-32 in float32 products.
+        revision: of the base model on the hub.
+        trust_remote_code: run code from the base model's repository.
+        log_file: what is logged, tracebacks included.
+        debug: show tracebacks, and look for the operation that made a gradient non-finite.
+    """
+
+    base_model: str
+    config: str = "mlora.json"
+    dir: str = "."
+    load_adapter: bool = False
+    inference: bool = False
+    evaluate: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    limit: int | None = None
+    random_seed: int = 42
+    deterministic: bool = False
+    num_gpus: int = 1
+    cuda_device: str | None = None
+    dtype: str | None = None
+    quantize: str | None = None
+    attn_impl: str | None = None
+    sliding_window: bool = False
+    use_cache: bool = True
+    tf32: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+    log_file: str = "mlora.log"
+    debug: bool = False
+
+    def arguments(self) -> list[str]:
+        """Return the options as command-line arguments, each one apart; those at their default are left out."""
+        return list(self._arguments())
+
+    def _arguments(self) -> Iterator[str]:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                # One word, so that a value beginning with a hyphen is never taken for a flag.
+                yield f"--{field.name}={value}"
