@@ -77,6 +77,7 @@ run_options = _all(
         _option("load_adapter", "Go on from saved adapters rather than new ones.", bool, default=False),
         _option("inference", "Generate from prompts rather than train.", bool, default=False),
         _option("evaluate", "Evaluate saved adapters rather than train.", bool, default=False),
+        _option("evaluate_base", "Evaluate the base model beside the adapters.", bool, default=False),
         _option("resume", "Go on from the newest complete checkpoint.", bool, default=False),
         _option("overwrite", "Replace adapter folders that exist.", bool, default=False),
         _option("dry_run", "Print the plan and stop.", bool, default=False),

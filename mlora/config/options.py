@@ -17,6 +17,7 @@ class RunOptions:
         load_adapter: continue training saved adapters rather than new ones.
         inference: generate from prompts on standard input rather than train.
         evaluate: evaluate saved adapters rather than train.
+        evaluate_base: evaluate the base model without adapter as well.
         resume: go on from the newest complete checkpoint.
         overwrite: replace existing adapter folders.
         dry_run: print the plan and stop.
@@ -43,6 +44,7 @@ class RunOptions:
     load_adapter: bool = False
     inference: bool = False
     evaluate: bool = False
+    evaluate_base: bool = False
     resume: bool = False
     overwrite: bool = False
     dry_run: bool = False
