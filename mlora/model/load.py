@@ -154,7 +154,11 @@ class _explained:  # noqa: N801
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError | ValueError) and not isinstance(error, ModelError):
             first = str(error).strip().partition("\n")[0]
+            on_hub = not os.path.isdir(self.origin.folder)
+            hint = (
+                " (a hub id needs a connection or a cached copy, a gated one `hf auth login`; a local model needs the "
+                "path of its folder)"
+            )
             raise ModelError(
-                f"--base_model {self.origin.given}: cannot be loaded: {first} "
-                "(a hub id needs a connection or a cached copy, a gated one `hf auth login`; a local model needs its folder's path)"
+                f"--base_model {self.origin.given}: cannot be loaded: {first}{hint if on_hub else ''}", unreachable=on_hub
             ) from error

@@ -218,6 +218,16 @@ class MultiAdapterModel(nn.Module):
             self._tokenizer = load.load_tokenizer(self.origin)
         return self._tokenizer
 
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Set the tokenizer, where it was loaded before the model."""
+        self._tokenizer = tokenizer
+
+    def num_parameters(self, name: str | None) -> int:
+        """Return the trainable parameters of an adapter, or the frozen ones of the base model (None)."""
+        if name is None:
+            return sum(p.numel() for p in self.hf_model.parameters())
+        return sum(parameter.numel() for _, parameter in self.adapter_parameters(name))
+
     def forward(self, batch: Batch) -> dict[str, AdapterOutput]:
         """Compute every adapter's losses in one pass; rows of the plain base model get no entry."""
         flight = self._flight(batch, self.training)

@@ -78,7 +78,7 @@ class Progress:
             (
                 name.ljust(width),
                 f"step {row.step}/{row.total}",
-                f"loss {row.loss:.4f}",
+                f"loss {row.loss:.4f}" if row.tokens else "loss -",
                 f"lr {row.lr:.1e}",
                 f"{row.tokens / max(row.seconds, 1e-9):,.0f} tokens/s",
                 f"ETA {_duration((row.total - row.step) * row.seconds / max(row.step - row.begun, 1))}",
@@ -93,6 +93,30 @@ class Progress:
         for cells in self._cells():
             table.add_row(*cells)
         return table
+
+
+class Rows:
+    """Shows how far an evaluation is: rows done of a task. Use as a context manager around it."""
+
+    def __init__(self) -> None:
+        self._last_line = time.monotonic()
+        self._on_terminal = sys.stdout.isatty()
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._on_terminal:
+            print("\r\x1b[K", end="", flush=True)
+
+    def show(self, task: str, done: int, rows: int) -> None:
+        """Take in the rows done of a task."""
+        seconds = time.monotonic() - self._last_line
+        if seconds < (0.25 if self._on_terminal else SECONDS_BETWEEN_LINES):
+            return
+        self._last_line = time.monotonic()
+        text = f"evaluating {task}: {done}/{rows} rows"
+        print(f"\r\x1b[K{text}" if self._on_terminal else text, end="" if self._on_terminal else "\n", flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -1,11 +1,14 @@
-"""Checkpoints: whole or absent, checked when read, each job's own.
+"""Checkpoints: whole or absent, checked when read, of all jobs at one moment.
 
     checkpoints/<adapter>/step-000500/
         adapter_config.json  adapter_model.safetensors     the adapter, loadable as it is
         optimizer.safetensors  state.json                  what training goes on from
         manifest.json                                      size and SHA-256 of each file, written last
 
-A checkpoint is written into a temporary folder, synced, and renamed; jobs are independent, so each has its own.
+Each is written into a temporary folder, synced, and renamed. Jobs are independent, but which of them share a forward
+decides in what order floats are summed; so a resumed run goes back to one moment of all its jobs, in the middle of
+an accumulation if need be, and ends in the same bits. The moment is the number of micro-batches that all jobs have
+done together.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ from mlora.model.multi import MultiAdapterModel
 from mlora.training.job import Job
 
 KEPT = 2
-"""Checkpoints kept of each adapter; the older one is there in case the newest is damaged."""
+"""Moments kept; the older one is there in case the newest is damaged."""
 MANIFEST = "manifest.json"
 
 log = logging.getLogger(__name__)
@@ -57,45 +61,101 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def save(folder: Path, job: Job, model: MultiAdapterModel) -> Path:
-    """Write a checkpoint of a job at its present step, and drop the ones before the last `KEPT`.
+def save(root: Path, jobs: Sequence[Job], model: MultiAdapterModel) -> None:
+    """Write a checkpoint of every job that has begun and is not yet kept at its end; drop old ones.
 
     Args:
-        folder: of the job's checkpoints.
-        job: at a step's end.
-        model: that holds its adapter.
-
-    Returns:
-        The checkpoint's folder.
+        root: folder of all checkpoints.
+        jobs: of the run, those included that wait or are done.
+        model: that holds their adapters.
     """
-    path = folder / f"step-{job.step:06d}"
-    with whole_folder(path) as temporary:
-        model.save_adapter(job.name, temporary)
-        tensors, state = _flatten(job.state())
-        save_file(tensors, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state))
-        (temporary / MANIFEST).write_text(json.dumps(_digests(temporary), indent=1))
-    for old in _found(folder)[:-KEPT]:
-        shutil.rmtree(old)
-    return path
+    moment = sum(job.micro_batches_done for job in jobs)
+    begun = [job for job in jobs if job.micro_batches_done and not (job.done and _place(root, job).exists())]
+    for job in begun:
+        with whole_folder(_place(root, job)) as temporary:
+            model.save_adapter(job.name, temporary)
+            tensors, state = _flatten(job.state())
+            state |= {"moment": moment, "jobs": [job.name for job in begun], "done": job.done}
+            save_file(tensors, temporary / "optimizer.safetensors")
+            (temporary / "state.json").write_text(json.dumps(state))
+            (temporary / MANIFEST).write_text(json.dumps(_digests(temporary), indent=1))
+    _drop_old(root, jobs)
 
 
-def restore(folder: Path, job: Job, model: MultiAdapterModel) -> bool:
-    """Bring a job back to its newest good checkpoint; False where there is none.
+def restore(root: Path, jobs: Sequence[Job], model: MultiAdapterModel) -> bool:
+    """Bring all jobs back to the newest moment of which every checkpoint is good; False where there is none.
 
-    A damaged checkpoint is named in a warning and the one before it is taken.
+    Damaged checkpoints are named in a warning.
     """
-    for path in reversed(_found(folder)):
-        broken = damage(path)
-        if broken:
-            log.warning("%s is damaged (%s); going back to the checkpoint before it", path, ", ".join(broken))
-            continue
-        tensors = load_file(path / "adapter_model.safetensors")
-        model.restore_adapter(job.name, tensors, str(path))
-        state = json.loads((path / "state.json").read_text())
-        job.load_state(_unflatten(load_file(path / "optimizer.safetensors"), state))
-        return True
+    found = [_read_good(path, job) for job in jobs for path in _paths(root, job)]
+    good = [saved for saved in found if saved is not None]
+    for moment in sorted({saved.moment for saved in good}, reverse=True):
+        chosen = [saved for saved in good if saved.moment == moment or (saved.done and saved.moment < moment)]
+        needed = {name for saved in chosen if saved.moment == moment for name in saved.jobs}
+        if needed <= {saved.job.name for saved in chosen}:
+            for saved in chosen:
+                saved.apply(model)
+            return True
     return False
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A checkpoint on disk whose files are as they were written."""
+
+    path: Path
+    job: Job
+    state: dict[str, Any]
+
+    @property
+    def moment(self) -> int:
+        return self.state["moment"]
+
+    @property
+    def jobs(self) -> list[str]:
+        return self.state["jobs"]
+
+    @property
+    def done(self) -> bool:
+        return self.state["done"]
+
+    def apply(self, model: MultiAdapterModel) -> None:
+        model.restore_adapter(self.job.name, load_file(self.path / "adapter_model.safetensors"), str(self.path))
+        self.job.load_state(_unflatten(load_file(self.path / "optimizer.safetensors"), self.state))
+
+
+def _read_good(path: Path, job: Job) -> _Saved | None:
+    broken = damage(path)
+    if broken:
+        log.warning("%s is damaged (%s); going back to the checkpoint before it", path, ", ".join(broken))
+        return None
+    return _Saved(path, job, json.loads((path / "state.json").read_text()))
+
+
+def _place(root: Path, job: Job) -> Path:
+    within = f"-{job.micro_step}" if job.micro_step else ""
+    return root / job.name / f"step-{job.step:06d}{within}"
+
+
+def _paths(root: Path, job: Job) -> list[Path]:
+    folder = root / job.name
+    return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
+
+
+def _drop_old(root: Path, jobs: Sequence[Job]) -> None:
+    """Keep the last `KEPT` moments, and the end of every job that is done."""
+    states = {path: _state(path) for job in jobs for path in _paths(root, job)}
+    moments = sorted({state.get("moment", -1) for state in states.values()})[-KEPT:]
+    for path, state in states.items():
+        if state.get("moment", -1) not in moments and not state.get("done"):
+            shutil.rmtree(path)
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "state.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def damage(path: Path) -> list[str]:
@@ -108,10 +168,6 @@ def damage(path: Path) -> list[str]:
         return [MANIFEST]
     found = _digests(path)
     return [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
-
-
-def _found(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
 
 
 def _digests(path: Path) -> dict[str, dict[str, Any]]:
@@ -130,17 +186,20 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
                 tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
             else:
                 plain[f"{index}.{name}"] = value
-    groups = state["optimizer"]["param_groups"]
-    return tensors, {"step": state["step"], "plain": plain, "groups": groups, "schedule": state["schedule"]}
+    tensors |= {f"gradient.{i}": g.detach().cpu().contiguous() for i, g in enumerate(state["gradients"])}
+    kept = {key: state[key] for key in ("step", "micro_step", "measured", "schedule")}
+    return tensors, kept | {"plain": plain, "groups": state["optimizer"]["param_groups"]}
 
 
 def _unflatten(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> dict[str, Any]:
+    gradients = {int(key.partition(".")[2]): t for key, t in tensors.items() if key.startswith("gradient.")}
     moments: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **state["plain"]}.items():
         index, _, name = key.partition(".")
-        moments.setdefault(int(index), {})[name] = value
+        if index != "gradient":
+            moments.setdefault(int(index), {})[name] = value
     optimizer = {"state": moments, "param_groups": state["groups"]}
-    return {"step": state["step"], "optimizer": optimizer, "schedule": state["schedule"]}
+    return state | {"optimizer": optimizer, "gradients": [gradients[i] for i in sorted(gradients)]}
 
 
 def _sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mlora.config import ConfigError
+from mlora.config import ConfigError, Problem
 
 PACKAGES = ("mlora", "torch", "transformers", "datasets", "accelerate", "safetensors", "bitsandbytes", "peft")
 
@@ -68,20 +68,22 @@ class RunFolder:
         """Refuse to write over what lies there.
 
         Raises:
-            ConfigError: an adapter's folder exists, or a config.json that no run wrote.
+            ConfigError: an adapter's folder or checkpoints exist, or a config.json that no run wrote.
         """
-        taken = [str(self.adapter(name)) for name in names if self.adapter(name).exists()]
+        places = [place for name in names for place in (self.adapter(name), self.checkpoints / name)]
+        taken = [str(place) for place in places if place.exists()]
         if taken:
-            raise ConfigError(
-                f"{', '.join(taken)}: exists already; --overwrite replaces it, --resume goes on from its last "
-                "checkpoint, --load_adapter starts from it, --dir DIR writes elsewhere"
+            raise _refusal(
+                ", ".join(taken),
+                "exists already; --overwrite replaces it, --resume goes on from its last checkpoint, "
+                "--load_adapter starts from it, --dir DIR writes elsewhere",
             )
         self.require_own()
 
     def require_own(self) -> None:
         """Refuse a folder whose config.json belongs to something else."""
         if self.config.exists() and not self.environment.exists():
-            raise ConfigError(f"{self.config}: exists already and is not of a run; --dir DIR writes elsewhere")
+            raise _refusal(str(self.config), "exists already and is not of a run; --dir DIR writes elsewhere")
 
     def begin(self, config: dict[str, Any], command: list[str], options: dict[str, Any]) -> None:
         """Write the resolved config and what it runs on."""
@@ -89,11 +91,15 @@ class RunFolder:
         write_json(self.environment, environment(command, options))
         write_json(self.config, config)
 
-    def log_step(self, adapter: str, step: int, measured: dict[str, float]) -> None:
+    def log_step(self, adapter: str, step: int, measured: dict[str, Any]) -> None:
         """Append one optimizer step of one adapter to metrics.jsonl."""
         line = json.dumps({"adapter": adapter, "step": step} | measured)
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def log_evaluation(self, adapter: str, step: int, result: dict[str, Any]) -> None:
+        """Append a result that was measured during training to metrics.jsonl."""
+        self.log_step(adapter, step, {key: result[key] for key in ("task", "metric", "value", "standard_error", "n")})
 
     def read_results(self) -> list[dict[str, Any]]:
         """Return the results so far."""
@@ -101,9 +107,13 @@ class RunFolder:
 
     def add_result(self, result: dict[str, Any]) -> None:
         """Write one result as soon as it exists, in place of an older one of the same adapter, task and metric."""
-        same = ("adapter", "task", "metric", "stage")
+        same = ("adapter", "task", "metric")
         kept = [r for r in self.read_results() if any(r.get(key) != result.get(key) for key in same)]
         write_json(self.results, [*kept, result])
+
+
+def _refusal(what: str, message: str) -> ConfigError:
+    return ConfigError(what, [Problem("", message)])
 
 
 def environment(command: list[str], options: dict[str, Any]) -> dict[str, Any]:

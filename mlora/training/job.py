@@ -1,13 +1,15 @@
 """One adapter in training: its rows in order, its optimizer, its schedule.
 
-Where a job stands is one number, the optimizer steps it has done; everything else (epoch, order, rows, random
-streams, learning rate) follows from it, so a job resumes exactly, and never depends on its company.
+Where a job stands is two numbers, the optimizer steps it has done and the micro-batches of the step in progress;
+everything else (epoch, order, rows, random streams, learning rate) follows from them, so a job never depends on its
+company and resumes exactly.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,18 +34,15 @@ class Job:
 
     def __init__(self, config: JobConfig, samples: Sequence[Sample], model: MultiAdapterModel, seed: int) -> None:
         self.config, self.name, self.samples, self.seed = config, config.name, samples, seed
-        self.batch_size = config.batch_size
-        self.micro_batch_size = min(config.micro_batch_size, self.batch_size)
-        self.steps_per_epoch = math.ceil(len(samples) / self.batch_size)
+        self.steps_per_epoch = math.ceil(len(samples) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.num_epochs
-        self.step = 0
+        self.step = self.micro_step = 0
         named = model.adapter_parameters(self.name)
         self.parameters = [parameter for _, parameter in named]
         self.optimizer = build_optimizer(config, model.adapters[self.name], named)
         self.schedule = build_schedule(config, self.optimizer, self.total_steps)
         self._order: tuple[int, list[int]] = (-1, [])
-        self._pending: list[list[Row]] = []
-        self._step_targets = self._step_tokens = 0
+        self._step: _Step | None = None
         self.measured: dict[str, float] = {}
 
     @property
@@ -56,35 +55,34 @@ class Job:
         """Epoch of the step to come, from 0."""
         return self.step // self.steps_per_epoch
 
+    @property
+    def micro_batches_done(self) -> int:
+        """Micro-batches computed so far, in all steps."""
+        epochs, steps = divmod(self.step, self.steps_per_epoch)
+        size, batch = self.config.micro_batch_size, self.config.batch_size
+        per_step, last = batch // size, len(self.samples) - (self.steps_per_epoch - 1) * batch
+        per_epoch = (self.steps_per_epoch - 1) * per_step + math.ceil(last / size)
+        return epochs * per_epoch + steps * per_step + self.micro_step
+
     def next_rows(self) -> list[Row]:
         """Return the micro-batch to compute next."""
-        if not self._pending:
-            rows = self.rows_of(self.step)
-            self._step_targets = sum(_targets(row) for row in rows)
-            self._step_tokens = sum(len(row.input_ids) for row in rows)
-            size = self.micro_batch_size
-            self._pending = [rows[i : i + size] for i in range(0, len(rows), size)]
-            self.measured = {"loss": 0.0, "aux_loss": 0.0, "num_tokens": float(self._step_tokens)}
-        return self._pending[0]
+        if self._step is None:
+            self._step = _Step.of(self.rows_of(self.step), self.config.micro_batch_size)
+            if self.micro_step == 0:
+                self.measured = {"loss": 0.0, "aux_loss": 0.0, "num_tokens": float(self._step.tokens)}
+        return self._step.micro_batches[self.micro_step]
 
     def rows_of(self, step: int) -> list[Row]:
         """Return all rows of an optimizer step."""
         epoch, position = divmod(step, self.steps_per_epoch)
+        size = self.config.batch_size
         if self._order[0] != epoch:
-            lengths = [len(sample.input_ids) for sample in self.samples]
-            self._order = (
-                epoch,
-                epoch_order(
-                    len(self.samples),
-                    seed=self.seed,
-                    adapter=self.name,
-                    epoch=epoch,
-                    batch_size=self.batch_size,
-                    lengths=lengths,
-                    group_by_length=self.config.group_by_length,
-                ),
+            lengths = [len(s.input_ids) for s in self.samples] if self.config.group_by_length else None
+            order = epoch_order(
+                len(self.samples), self.seed, self.name, epoch, lengths=lengths, batch_size=size
             )
-        chosen = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
+            self._order = (epoch, order)
+        chosen = self._order[1][position * size : (position + 1) * size]
         samples = [self.samples[i] for i in chosen]
         return [Row(s.input_ids, s.labels, self.name, index) for index, s in enumerate(samples)]
 
@@ -94,17 +92,18 @@ class Job:
         The token loss of a step is the sum over its micro-batches divided by the label tokens of the whole step;
         auxiliary losses are weighted by real tokens, since they are means over tokens.
         """
-        tokens = sum(len(row.input_ids) for row in self._pending[0])
-        loss = output.loss * (int(output.num_tokens) / max(self._step_targets, 1))
-        aux = output.aux_loss * (tokens / self._step_tokens)
+        step = self._require_step()
+        tokens = sum(len(row.input_ids) for row in step.micro_batches[self.micro_step])
+        loss = output.loss * (int(output.num_tokens) / max(step.targets, 1))
+        aux = output.aux_loss * (tokens / step.tokens)
         self.measured["loss"] += float(loss.detach())
         self.measured["aux_loss"] += float(aux.detach())
         return loss + aux
 
     def advance(self) -> bool:
         """Count the micro-batch as done; after the last of a step, update the adapter and return True."""
-        self._pending.pop(0)
-        if self._pending:
+        self.micro_step += 1
+        if self.micro_step < len(self._require_step().micro_batches):
             return False
         limit = self.config.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
@@ -112,19 +111,53 @@ class Job:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        self.step += 1
+        self.step, self.micro_step, self._step = self.step + 1, 0, None
         return True
+
+    def _require_step(self) -> _Step:
+        if self._step is None:
+            raise RuntimeError(f"job {self.name!r} has no step in progress: call next_rows() first")
+        return self._step
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps besides the adapter's tensors."""
-        return {"step": self.step, "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        return {
+            "step": self.step,
+            "micro_step": self.micro_step,
+            "measured": self.measured,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "gradients": [p.grad for p in self.parameters] if self.micro_step else [],
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go back to where a checkpoint was made."""
-        self.step = state["step"]
+        self.step, self.micro_step, self._step = state["step"], state["micro_step"], None
+        self.measured = state["measured"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self._pending = []
+        for parameter, gradient in zip(self.parameters, state["gradients"], strict=False):
+            parameter.grad = gradient.to(parameter.device)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The rows of an optimizer step.
+
+    Attributes:
+        micro_batches: its rows, in order.
+        targets: label tokens of the whole step.
+        tokens: of the whole step.
+    """
+
+    micro_batches: list[list[Row]]
+    targets: int
+    tokens: int
+
+    @classmethod
+    def of(cls, rows: list[Row], size: int) -> _Step:
+        micro_batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return cls(micro_batches, sum(map(_targets, rows)), sum(len(row.input_ids) for row in rows))
 
 
 def _targets(row: Row) -> int:
@@ -150,8 +183,10 @@ def build_optimizer(config: JobConfig, method: Any, named: list[tuple[str, nn.Pa
 
 
 def build_schedule(config: JobConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """Return transformers' learning-rate schedule of the config's name."""
+    """Return transformers' learning-rate schedule of the config's name, its warmup included."""
     from transformers import get_scheduler
 
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
-    return get_scheduler(config.scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    # transformers' "constant" takes no warmup and would pass over it without a word
+    name = "constant_with_warmup" if config.scheduler_type == "constant" and warmup else config.scheduler_type
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)

@@ -16,7 +16,7 @@ def train(
     model: MultiAdapterModel,
     jobs: Sequence[Job],
     simultaneously: int | None,
-    after_step: Callable[[Job, dict[str, float]], None],
+    after_round: Callable[[list[Job]], bool],
 ) -> None:
     """Train jobs to their ends, at most so many at once; one that ends makes room for the next that waits.
 
@@ -24,24 +24,23 @@ def train(
         model: that holds the jobs' adapters.
         jobs: in the order in which they come in.
         simultaneously: adapters in one forward; None for all.
-        after_step: called with the job and its measurements whenever one has taken an optimizer step.
+        after_round: called after every forward and backward with the jobs that have thereby taken an optimizer step;
+            their `measured` tells of it. Returning True stops the training there.
     """
     started = dict[str, float]()
-    model.train()
     for active in _rounds(jobs, simultaneously):
         now = time.perf_counter()
         for job in active:
             started.setdefault(job.name, now)
+        model.train()
         rows = [row for job in active for row in job.next_rows()]
-        batch = Batch.pack(rows, {job.name: job.step for job in active}, model.device)
-        outputs = model(batch)
+        outputs = model(Batch.pack(rows, {job.name: job.step for job in active}, model.device))
         torch.stack([job.share(outputs[job.name]) for job in active]).sum().backward()
-        del outputs
-        for job in active:
-            if job.advance():
-                seconds = time.perf_counter() - started.pop(job.name)
-                after_step(job, job.measured | {"seconds": seconds})
-                model.train()
+        stepped = [job for job in active if job.advance()]
+        for job in stepped:
+            job.measured["seconds"] = time.perf_counter() - started.pop(job.name)
+        if after_round(stepped):
+            break
     model.eval()
 
 

@@ -1,0 +1,125 @@
+"""Evaluating adapters on tasks: each task's rows once through the model for all adapters that want it."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from mlora.data import encode_choices, load_questions
+from mlora.evaluation.score import Request, predict
+from mlora.model.multi import MultiAdapterModel
+from mlora.tasks import accuracy, find_task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Examination:
+    """One adapter to be evaluated on one task.
+
+    Attributes:
+        adapter: name; None for the plain base model.
+        task: name.
+        data: local data; None for the published data set.
+        limit: rows; None for all.
+        batch_size: rows of this adapter in a forward.
+    """
+
+    adapter: str | None
+    task: str
+    data: str | None = None
+    limit: int | None = None
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number of the results table.
+
+    Attributes:
+        adapter: name; `BASE` for the plain base model.
+        task, version, protocol, metric: what was measured.
+        value: a share between 0 and 1.
+        standard_error: of the value; None for a single row.
+        n: rows.
+        limit: rows that the evaluation was limited to; None where it was not.
+        date: ISO 8601, UTC.
+    """
+
+    adapter: str
+    task: str
+    version: int
+    protocol: str
+    metric: str
+    value: float
+    standard_error: float | None
+    n: int
+    limit: int | None
+    date: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+BASE = "base model"
+"""What results call the plain base model: no adapter can have a name with a blank."""
+
+
+def evaluate(
+    model: MultiAdapterModel,
+    examinations: Sequence[Examination],
+    cutoff_len: int,
+    simultaneously: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[Result]:
+    """Yield every result as soon as it exists.
+
+    Adapters that are evaluated on the same rows of a task share its forwards; which do, changes no result.
+
+    Args:
+        model: that holds the adapters.
+        examinations: what to evaluate.
+        cutoff_len: tokens of a prompt and its longest choice.
+        simultaneously: adapters in one forward; None for all.
+        progress: called with the task, the rows done and the rows in all.
+    """
+    groups: dict[tuple[Any, ...], list[Examination]] = defaultdict(list)
+    for examination in examinations:
+        groups[examination.task, examination.data, examination.limit].append(examination)
+    for (task, _, _), group in groups.items():
+        size = len(group) if simultaneously is None else simultaneously
+        for start in range(0, len(group), size):
+            together = group[start : start + size]
+            report = None if progress is None else lambda done, rows, task=task: progress(task, done, rows)
+            yield from _evaluate_together(model, together, cutoff_len, report)
+
+
+def _evaluate_together(
+    model: MultiAdapterModel, group: Sequence[Examination], cutoff_len: int, progress: Callable[[int, int], None] | None
+) -> Iterator[Result]:
+    first = group[0]
+    task = find_task(first.task)
+    questions = load_questions(task.name, first.data, limit=first.limit)
+    encoded = [encode_choices(model.tokenizer, question, task.protocol, cutoff_len) for question in questions]
+    requests = [Request(e.adapter, question) for question in encoded for e in group]
+    correct: dict[str | None, dict[str, list[bool]]] = {e.adapter: defaultdict(list) for e in group}
+    predictions = predict(model, requests, task.protocol, sum(e.batch_size for e in group))
+    for number, (request, prediction) in enumerate(zip(requests, predictions, strict=True), 1):
+        for metric, right in prediction.correct.items():
+            correct[request.adapter][metric].append(right)
+        if progress is not None and number % len(group) == 0:
+            progress(number // len(group), len(questions))
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    for examination in group:
+        for metric in task.metrics:
+            score = accuracy(correct[examination.adapter][metric])
+            name = BASE if examination.adapter is None else examination.adapter
+            limit = examination.limit
+            yield Result(
+                name, task.name, task.version, task.protocol, metric, score.value, score.stderr, score.n, limit, date
+            )

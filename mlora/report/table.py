@@ -1,0 +1,48 @@
+"""Results and plans as tables for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+BASE = "base model"
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return rows as aligned text, the first `left` columns on the left, numbers on the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])
+
+
+def results_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return results as text: one line for each adapter, task and metric, beside the base model where it was scored.
+
+    Args:
+        results: as in results.json; values between 0 and 1, shown as percentages with their standard errors.
+    """
+    base = {(r["task"], r["metric"]): r for r in results if r["adapter"] == BASE}
+    shown = [r for r in results if r["adapter"] != BASE] or list(results)
+    rows = []
+    for r in shown:
+        row = [r["adapter"], r["task"], r["metric"]]
+        if base:
+            before = base.get((r["task"], r["metric"]))
+            row.append("" if before is None else _percent(before))
+        rows.append([*row, _percent(r), str(r["n"]) + (" *" if r.get("limit") else "")])
+    header = ["adapter", "task", "metric", *(["base model %"] if base else []), "value %", "rows"]
+    text = columns(header, rows, left=3)
+    protocols = {r["protocol"] for r in shown}
+    notes = [f"± standard error; protocol: {', '.join(sorted(protocols))}"]
+    if any(r.get("limit") for r in shown):
+        notes.append("* limited to the first rows of the split: not comparable with published results")
+    return "\n".join([text, *notes])
+
+
+def _percent(result: Mapping[str, Any]) -> str:
+    error = result["standard_error"]
+    return f"{100 * result['value']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")

@@ -1,0 +1,181 @@
+"""Isolation, accumulation and resuming of jobs that train together, dropout on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlora.adapters import METHODS
+from mlora.config import JobConfig
+from mlora.data import Sample
+from mlora.training import checkpoint
+from mlora.training.job import Job
+from mlora.training.trainer import train
+from tests.families import VOCABULARY, multi
+
+LORA = METHODS["lora"](r=4, lora_dropout=0.1)
+MIXTURE = METHODS["mixlora"](r=3, lora_dropout=0.05, num_experts=4, top_k=2, jitter_noise=0.05, router_init_range=0.3)
+GAUSSIAN = METHODS["lora"](r=2, lora_dropout=0.2, lora_init="gaussian", target_modules="attention", use_rslora=True)
+
+
+def samples(count: int, seed: int) -> list[Sample]:
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        ids = tuple(draw.randrange(3, VOCABULARY) for _ in range(draw.randrange(4, 14)))
+        answer = draw.randrange(1, len(ids) - 1)
+        rows.append(Sample(ids, (-100,) * answer + ids[answer:], "t"))
+    return rows
+
+
+CONFIGS = {
+    "a": JobConfig(name="a", method=LORA, batch_size=4, micro_batch_size=2, num_epochs=4, lr=3e-3, warmup_steps=3),
+    "b": JobConfig(name="b", method=MIXTURE, batch_size=6, micro_batch_size=6, num_epochs=7, lr=2e-3, scheduler_type="cosine"),
+    "c": JobConfig(name="c", method=GAUSSIAN, batch_size=3, micro_batch_size=1, num_epochs=3, lr=2e-3, max_grad_norm=0.5),
+}
+ROWS = {"a": samples(41, 1), "b": samples(34, 2), "c": samples(22, 3)}  # 44, 42 and 24 steps
+
+
+def run(names: str, together: int | None = None, recompute: bool = False) -> tuple[dict, dict]:
+    """Train jobs together; return each one's losses by step and its final tensors."""
+    model = multi()
+    model.recompute = recompute
+    for name in names:
+        model.add_adapter(name, CONFIGS[name].method)
+    jobs = [Job(CONFIGS[name], ROWS[name], model, seed=5) for name in names]
+    losses: dict[str, list[float]] = {name: [] for name in names}
+    train(model, jobs, together, lambda stepped: _note(stepped, losses))
+    assert all(job.done for job in jobs)
+    return losses, {name: {k: t.clone() for k, t in model.adapter_tensors(name).items()} for name in names}
+
+
+def _note(stepped: list[Job], losses: dict[str, list[float]]) -> bool:
+    for job in stepped:
+        losses[job.name].append(job.measured["loss"] + job.measured["aux_loss"])
+    return False
+
+
+def assert_equal_runs(one: tuple[dict, dict], other: tuple[dict, dict], name: str) -> None:
+    assert one[0][name] == pytest.approx(other[0][name], rel=1e-5)
+    assert one[0][name][0] == pytest.approx(other[0][name][0], rel=1e-6)
+    for key, tensor in one[1][name].items():
+        assert (tensor - other[1][name][key]).abs().max() <= 1e-4 * max(tensor.abs().max(), 1e-3), key
+
+
+@pytest.mark.parametrize("name", "abc")
+def test_r1_trained_together_as_trained_alone(name: str) -> None:
+    together = run("abc")
+    alone = run(name)
+    assert len(alone[0][name]) >= 16
+    assert_equal_runs(alone, together, name)
+    start = {k: t for k, t in _untrained(name).items() if "lora_B" in k}
+    assert any((alone[1][name][k] - t).abs().max() > 1e-3 for k, t in start.items()), "nothing was trained"
+
+
+def test_jobs_wait_for_a_place_and_end_as_ever() -> None:
+    one_by_one, two_at_once = run("abc", together=1), run("cab", together=2)
+    for name in "abc":
+        assert_equal_runs(one_by_one, two_at_once, name)
+
+
+def test_recomputed_training_is_the_same() -> None:
+    plain, recomputed = run("ab"), run("ab", recompute=True)
+    for name in "ab":
+        assert_equal_runs(plain, recomputed, name)
+
+
+def _untrained(name: str) -> dict:
+    model = multi()
+    model.add_adapter(name, CONFIGS[name].method)
+    return model.adapter_tensors(name)
+
+
+@pytest.mark.parametrize("method", [LORA, MIXTURE.model_copy(update={"router_loss": False})], ids=["lora", "mixlora"])
+def test_r4_accumulation_changes_nothing(method) -> None:
+    ends = []
+    for micro in (8, 4, 1):
+        config = JobConfig(name="x", method=method, batch_size=8, micro_batch_size=micro, num_epochs=2, lr=1e-3)
+        model = multi()
+        model.add_adapter("x", method)
+        losses: dict[str, list[float]] = {"x": []}
+        train(model, [Job(config, samples(21, 4), model, 5)], None, lambda stepped: _note(stepped, losses))  # noqa: B023
+        ends.append((losses["x"], model.adapter_tensors("x")))
+    assert len(ends[0][0]) == 6, "21 rows in batches of 8 are three steps an epoch, the last of five rows"
+    for losses, tensors in ends[1:]:
+        assert losses == pytest.approx(ends[0][0], rel=1e-5)
+        for key, tensor in tensors.items():
+            assert (tensor - ends[0][1][key]).abs().max() <= 1e-4 * max(tensor.abs().max(), 1e-3), key
+
+
+def test_gradient_of_a_step_is_normalised_by_its_label_tokens() -> None:
+    """Two micro-batches with 1 and many labels: the mean over all labels, not the mean of the two means."""
+    rows = [Sample((5, 6, 7), (-100, -100, 7), "t"), Sample(tuple(range(3, 13)), (-100, *range(4, 13)), "t")]
+    config = JobConfig(name="x", method=METHODS["lora"](r=4), batch_size=2, micro_batch_size=1, num_epochs=1)
+    model = multi()
+    model.add_adapter("x", config.method)
+    seen: dict[str, list[float]] = {"x": []}
+    train(model, [Job(config, rows, model, 5)], None, lambda stepped: _note(stepped, seen))
+    base = multi()
+    base.add_adapter("x", config.method)
+    from mlora.model.batch import Batch, Row
+
+    out = base(Batch.pack([Row(s.input_ids, s.labels, "x") for s in rows]))["x"]
+    assert out.num_tokens == 10 and seen["x"][0] == pytest.approx(out.loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("stops", [(7, 23), (1, 2, 40), (3, 60, 61, 62)])
+@pytest.mark.parametrize("together", [None, 2])
+def test_r2_resumed_training_is_bit_identical(stops: tuple[int, ...], together: int | None, tmp_path: Path) -> None:
+    straight = run("abc", together)
+    losses: dict[str, list[float]] = {name: [] for name in "abc"}
+    rounds = 0
+    for stop in (*stops, 10**9):
+        model = multi()
+        for name in "abc":
+            model.add_adapter(name, CONFIGS[name].method)
+        jobs = [Job(CONFIGS[name], ROWS[name], model, seed=5) for name in "abc"]
+        assert checkpoint.restore(tmp_path, jobs, model) == (rounds > 0)
+
+        def after(stepped: list[Job]) -> bool:
+            nonlocal rounds
+            rounds += 1
+            _note(stepped, losses)
+            if rounds >= stop or any(job.done for job in stepped):  # noqa: B023
+                checkpoint.save(tmp_path, jobs, model)  # noqa: B023
+            return rounds >= stop  # noqa: B023
+
+        train(model, jobs, together, after)
+    assert losses == straight[0]
+    for name in "abc":
+        for key, tensor in model.adapter_tensors(name).items():
+            assert torch.equal(tensor, straight[1][name][key]), key
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = multi()
+    for name in "bc":
+        model.add_adapter(name, CONFIGS[name].method)
+    jobs = [Job(CONFIGS[name], ROWS[name], model, seed=5) for name in "bc"]
+
+    def after(stepped: list[Job]) -> bool:
+        checkpoint.save(tmp_path, jobs, model)
+        return jobs[0].step == 11
+
+    train(model, jobs, None, after)
+    steps = {folder: sorted(p.name for p in (tmp_path / folder).iterdir()) for folder in "bc"}
+    assert steps == {"b": ["step-000010", "step-000011"], "c": ["step-000003-1", "step-000003-2"]}
+    for newest in (tmp_path / "b" / "step-000011", tmp_path / "c" / "step-000003-2"):
+        for file in sorted(newest.iterdir()):
+            content = file.read_bytes()
+            for broken in (content[: len(content) // 2], content[:9] + bytes([content[9] ^ 1]) + content[10:]):
+                file.write_bytes(broken)
+                caplog.clear()
+                assert checkpoint.restore(tmp_path, jobs, model)
+                assert [(j.step, j.micro_step) for j in jobs] == [(10, 0), (3, 1)]
+                assert f"{newest} is damaged" in caplog.text
+            file.write_bytes(content)
+    assert checkpoint.restore(tmp_path, jobs, model)
+    assert [(j.step, j.micro_step) for j in jobs] == [(11, 0), (3, 2)]
