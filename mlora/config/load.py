@@ -18,6 +18,7 @@ from mlora.config.jsonfile import read_json
 from mlora.config.run import RunConfig
 from mlora.config.schema import DEFAULT_METHOD, NO_EFFECT, entry_schema, job_keys, run_schema
 
+_WRONG = object()
 log = logging.getLogger(__name__)
 
 
@@ -104,6 +105,10 @@ def _parse_entry(entry: object, path: str) -> tuple[JobConfig | None, list[Probl
         problems += [_unknown_in_entry(key, cls, path) for key in entry if key not in known]
     values = {key: value for key, value in entry.items() if key in known}
     problems += check(values, schema, path, schema["$defs"])
+    # Validators are written for values of the right type; one of a wrong type must not reach them.
+    values = {
+        key: value if _unsaid([Problem(join(path, key), "")], problems) else _WRONG for key, value in values.items()
+    }
 
     method: Method | None = None
     if cls is not None:

@@ -1,0 +1,292 @@
+"""The command line as a user meets it: fast, without torch, honest exit statuses, no shell."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from mlora import cli
+from mlora.config import RunOptions
+
+ROOT = Path(__file__).parents[1]
+FAST = [
+    ["--help"],
+    ["gen", "--template", "mixlora", "--tasks", "arc-e"],
+    ["avail"],
+    ["schema"],
+    ["run", "--help"],
+]
+CONFIG = {"lora": [{"name": "a"}]}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mlora.json").write_text(json.dumps(CONFIG))
+
+
+def launch(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *settings.pop("python", []), str(ROOT / "launch.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **settings)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.program, list(arguments))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """What `run` would have started: commands with their environments."""
+    calls: list[tuple[list[str], dict[str, str]]] = []
+
+    def record(command: list[str], environment: dict[str, str]) -> int:
+        calls.append((command, environment))
+        return 7
+
+    monkeypatch.setattr(cli, "_wait", record)
+    return calls
+
+
+@pytest.mark.parametrize("arguments", FAST, ids=" ".join)
+def test_it_starts_without_torch(arguments: list[str]) -> None:
+    done = launch(*arguments, python=["-X", "importtime"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "mlora" in imported
+    assert not imported & {"torch", "transformers", "datasets", "numpy", "peft"}
+
+
+@pytest.mark.parametrize("arguments", FAST, ids=" ".join)
+def test_it_takes_less_than_half_a_second_of_cpu(arguments: list[str]) -> None:
+    def seconds() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    taken = []
+    for _ in range(3):
+        before = seconds()
+        assert launch(*arguments).returncode == 0
+        taken.append(seconds() - before)
+    assert min(taken) < 0.5, taken
+
+
+def test_alone_it_tells_the_five_steps() -> None:
+    result = invoke()
+    assert result.exit_code == 0
+    assert result.output == invoke("help").output == invoke("--help").output
+    for word in ["gen", "edit", "run", "evaluate", "report"]:
+        assert f". {word} " in result.output
+    assert "mixlora" in invoke("help", "gen").output
+
+
+def commands() -> list[str]:
+    return list(cli.program.commands)
+
+
+@pytest.mark.parametrize("command", ["", *commands()])
+def test_help_fits_80_columns(command: str) -> None:
+    text = invoke(*filter(None, [command, "--help"])).output
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_flags_are_the_fields_of_the_options() -> None:
+    assert {option.name for option in cli.train.params} == {field.name for field in fields(RunOptions)}
+    given = cli.train.make_context("train.py", ["--base_model", "m"]).params
+    assert RunOptions(**given) == RunOptions(base_model="m")
+
+
+@pytest.mark.parametrize(("words", "value"), [([], False), (["--tf32"], True), (["--tf32", "True"], True)])
+def test_truth_values(words: list[str], value: bool) -> None:
+    for arguments in [["--base_model", "m", *words], [*words, "--base_model", "m"]]:
+        assert cli.train.make_context("train.py", arguments).params["tf32"] is value
+    for off in ["false", "False"]:
+        assert (
+            cli.train.make_context("train.py", ["--base_model", "m", "--use_cache", off]).params["use_cache"] is False
+        )
+
+
+def test_options_survive_being_passed_on() -> None:
+    options = RunOptions(
+        "-odd name; $(id)", config="a b.json", use_cache=False, tf32=True, limit=3, dtype="bf16", debug=True
+    )
+    assert RunOptions(**cli.train.make_context("train.py", options.arguments()).params) == options
+
+
+def test_the_seed_files_commands() -> None:
+    for tasks in ["arc-c", "hellaswag", "yahma/alpaca-cleaned"]:
+        assert invoke("gen", "--template", "mixlora", "--tasks", tasks).exit_code == 0
+    mixed = ["gen", "--template", "mixlora", "--tasks", "arc-c;arc-e;boolq;obqa;piqa", "--multi_task", "True"]
+    result = invoke(*mixed, "--adapter_name", "mixlora")
+    assert result.exit_code == 0
+    assert "mixlora_0: mixlora on arc-c;arc-e;boolq;obqa;piqa" in result.output
+
+
+def test_every_flag_of_gen_changes_the_file() -> None:
+    def generated(*words: str) -> Any:
+        result = invoke("gen", "--template", "lora", "--tasks", "piqa", *words)
+        assert result.exit_code == 0, result.output
+        return json.loads(Path("mlora.json").read_text())
+
+    values = {int: "4", float: "5", str: "alpaca", bool: "True"}
+    for flag, key, kind, _ in cli._OVERRIDES:
+        if flag == "use_dora":  # a key of its method, once that is registered
+            continue
+        value = "linear" if flag == "lr_scheduler" else values[kind]
+        extra = ["--micro_batch_size", "4"] if flag == "batch_size" else []
+        config = generated(f"--{flag}", value, *extra)
+        written = config.get(key, config["lora"][0].get(key))
+        assert str(written) == str(kind(value)), flag
+
+
+def test_avail_lists_tasks_methods_and_templates() -> None:
+    output = invoke("avail").output
+    assert "arc-e  " in output and "allenai/ai2_arc:ARC-Easy" in output
+    assert "lora, mixlora" in output
+
+
+def test_schema_is_json() -> None:
+    assert json.loads(invoke("schema").output)["$defs"]["mixlora"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gne"], "Did you mean 'gen'?"),
+        (["gen", "--template", "lora", "--task", "x"], "--tasks"),
+        (["gen", "--template", "lora"], "--tasks"),
+        (["gen", "--template", "lroa", "--tasks", "piqa"], 'did you mean "lora"?'),
+        (["gen", "--template", "lora", "--tasks", "arc_e"], 'did you mean "arc-e"?'),
+        (["gen", "--template", "lora", "--tasks", "piqa", "--multi_task", "maybe"], "maybe"),
+        (["run"], "--base_model"),
+        (["run", "--base_model", "m", "--config", "none.json"], "no such file"),
+        (["run", "--base_model", "m", "--quantize", "3bit"], "4bit"),
+        (["run", "--base_model", "m", "--config", "bad.json"], 'lora[0].lr_rate: unknown key; did you mean "lr"?'),
+    ],
+)
+def test_bad_input_exits_with_2_and_says_why(arguments: list[str], message: str) -> None:
+    Path("bad.json").write_text('{"lora": [{"name": "a", "lr_rate": 1}]}')
+    done = launch(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 15
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = launch("run", "--base_model", "m", "--config", "none.json", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr and "no such file" in done.stderr
+
+
+def test_run_starts_the_training_program(started: list[tuple[list[str], dict[str, str]]]) -> None:
+    assert invoke("run", "--base_model", "some model; rm -rf", "--tf32", "--limit", "3").exit_code == 7
+    command, environment = started[0]
+    assert command == [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--base_model=some model; rm -rf",
+        "--limit=3",
+        "--tf32=True",
+    ]
+    assert environment == dict(os.environ)
+
+
+def test_run_on_several_gpus(started: list[tuple[list[str], dict[str, str]]]) -> None:
+    before = dict(os.environ)
+    assert invoke("run", "--base_model", "m", "--num_gpus", "2", "--cuda_device", "2,3").exit_code == 7
+    command, environment = started[0]
+    assert command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert dict(os.environ) == before
+    invoke("run", "--base_model", "m", "--num_gpus", "2", "--dry_run")
+    assert started[1][0][1] == str(ROOT / "train.py")
+
+
+def test_run_checks_the_config_and_leaves_warnings_to_the_program(
+    started: list[tuple[list[str], dict[str, str]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("mlora.json").write_text(json.dumps({**CONFIG, "train_strategy": "optim"}))
+    assert invoke("run", "--base_model", "m").exit_code == 7
+    assert not caplog.records
+    Path("mlora.json").write_text("{}")
+    assert invoke("run", "--base_model", "m").exit_code == 2
+    assert len(started) == 1
+
+
+def test_demo_is_a_run(started: list[tuple[list[str], dict[str, str]]]) -> None:
+    assert invoke("demo").exit_code == 7
+    command = started[0][0]
+    assert {"--base_model=smollm2", "--dir=runs/demo", "--overwrite=True"} <= set(command)
+    assert any(word.startswith("--config=") and word.endswith("demo.json") for word in command)
+
+
+def test_the_training_program_refuses_gpus_without_processes() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    command = [sys.executable, str(ROOT / "train.py"), "--base_model", "m", "--num_gpus", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert "torchrun" in done.stderr
+
+
+PROGRAM = """
+import signal, sys, time
+from pathlib import Path
+
+def stop(number, frame):
+    with open("signals", "a") as file:
+        file.write(f"{number}\\n")
+    time.sleep(0.3)  # a second signal would be seen
+    sys.exit(130)
+
+signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGTERM, stop)
+if "--limit=9" in sys.argv:
+    sys.exit(9)
+if "--limit=8" in sys.argv:
+    signal.raise_signal(signal.SIGKILL)
+Path("ready").touch()
+time.sleep(30)
+"""
+
+
+def start_fake(tmp_path: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    Path("train.py").write_text(PROGRAM)
+    code = f"from pathlib import Path; from mlora import cli; cli.ROOT = Path({str(tmp_path)!r}); cli.main()"
+    command = [sys.executable, "-c", code, "run", "--base_model", "m", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+@pytest.mark.parametrize(("limit", "status"), [("9", 9), ("8", 128 + signal.SIGKILL)])
+def test_the_programs_exit_status_is_the_launchers(tmp_path: Path, limit: str, status: int) -> None:
+    assert start_fake(tmp_path, "--limit", limit).wait(30) == status
+
+
+@pytest.mark.parametrize("whole_group", [False, True], ids=["to the launcher", "from a terminal"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_the_program_once(tmp_path: Path, number: int, whole_group: bool) -> None:
+    with start_fake(tmp_path) as launcher:
+        deadline = time.monotonic() + 20
+        while not Path("ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (os.killpg if whole_group else os.kill)(launcher.pid, number)
+        assert launcher.wait(20) == 130
+    assert Path("signals").read_text().split() == [str(int(number))]
+
+
+def test_no_command_is_hidden_from_the_story() -> None:
+    assert isinstance(cli.program, click.Group)
+    assert {"gen", "run", "avail", "schema", "help", "demo"} <= set(commands())
