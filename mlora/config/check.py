@@ -7,7 +7,7 @@ it. So structure and types are checked here against the published schema, limits
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -109,7 +109,7 @@ def _fits(value: object, schema: Schema, defs: Schema) -> bool:
         return any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in options)
     match schema.get("type"):
         case "integer":
-            return _is_number(value) and float(value).is_integer()  # type: ignore[arg-type]
+            return _is_number(value) and float(value).is_integer()
         case "number":
             return _is_number(value)
         case "string":
@@ -126,7 +126,7 @@ def _fits(value: object, schema: Schema, defs: Schema) -> bool:
     return True
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 

@@ -59,9 +59,10 @@ def parse_config(obj: Any, source: str = "config") -> RunConfig:
         jobs += [] if job is None else [job]
         faults += found
     config, found = construct(RunConfig, values | {"lora": tuple(jobs)}, schema, "")
-    no_jobs = bool(entries) and not jobs  # then each is reported by itself
-    problems += _unsaid(found, problems) if not no_jobs else _unsaid(found, [*problems, Problem("lora", "")])
-    problems += faults
+    found = _unsaid(found, problems)
+    if entries and not jobs:  # the faults of each are enough
+        found = [problem for problem in found if problem.path != "lora"]
+    problems += found + faults
     if config is None or problems:
         raise ConfigError(source, problems)
     _warn_of_no_effect(config, source)
