@@ -38,7 +38,14 @@ def tiny(family: str, layers: int = 2, **settings: object) -> transformers.PreTr
         keywords["partial_rotary_factor"] = 0.5
     if family not in ("phi", "gpt_neox", "stablelm", "starcoder2"):
         keywords["head_dim"] = 8
-    for name in ("attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop", "residual_dropout", "embedding_dropout"):
+    for name in (
+        "attention_dropout",
+        "hidden_dropout",
+        "embd_pdrop",
+        "resid_pdrop",
+        "residual_dropout",
+        "embedding_dropout",
+    ):
         keywords[name] = 0.0
     config = AutoConfig.for_model(family, **keywords | settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32)

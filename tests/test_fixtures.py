@@ -42,7 +42,9 @@ def load(case: Path, record: dict) -> tuple[MultiAdapterModel, dict[str, slice]]
     return model, {a["name"]: slice(*a["rows"]) for a in record["adapters"]}
 
 
-@pytest.mark.skipif(not FIXTURES.is_dir(), reason="needs ../shared/fixtures: tensors recorded from the predecessors and PEFT")
+@pytest.mark.skipif(
+    not FIXTURES.is_dir(), reason="needs ../shared/fixtures: tensors recorded from the predecessors and PEFT"
+)
 def test_every_case_of_these_methods_is_there() -> None:
     assert len(cases()) >= 17
 
@@ -70,7 +72,11 @@ def test_values_and_gradients(name: str) -> None:
         if losses.get("aux_loss") is not None:
             assert out[adapter].aux_loss.item() == pytest.approx(losses["aux_loss"], rel=1e-4)
         gradients = model.adapter_gradients(adapter)
-        wanted = {k.removeprefix(f"grad_masked.{prefix}"): v for k, v in recorded.items() if k.startswith(f"grad_masked.{prefix}")}
+        wanted = {
+            k.removeprefix(f"grad_masked.{prefix}"): v
+            for k, v in recorded.items()
+            if k.startswith(f"grad_masked.{prefix}")
+        }
         assert wanted.keys() == gradients.keys()
         for key, gradient in wanted.items():
             assert (gradients[key] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), key
@@ -84,4 +90,6 @@ def test_files_are_written_as_they_were_read(tmp_path: Path) -> None:
     method, tensors, _ = read(tmp_path / "again", allow_pickle=False)
     _, before, _ = read(case / "mixlora", allow_pickle=True)
     assert tensors.keys() == before.keys() and all(torch.equal(tensors[k], before[k]) for k in before)
-    assert method.model_dump(exclude={"target_modules"}) == model.adapters["mixlora"].model_dump(exclude={"target_modules"})
+    assert method.model_dump(exclude={"target_modules"}) == model.adapters["mixlora"].model_dump(
+        exclude={"target_modules"}
+    )

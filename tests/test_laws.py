@@ -79,7 +79,9 @@ def test_laws(variant: str, family: str, tmp_path) -> None:
 
     model.save_adapter("x", tmp_path / "x")
     model.load_adapter(tmp_path / "x", "copy")
-    assert model.adapters["copy"].model_dump(exclude={"target_modules"}) == method.model_dump(exclude={"target_modules"})
+    assert model.adapters["copy"].model_dump(exclude={"target_modules"}) == method.model_dump(
+        exclude={"target_modules"}
+    )
     assert torch.equal(model.logits(ids, mask, ["copy"] * 6), model.logits(ids, mask, ["x"] * 6))
     padded = torch.cat([torch.zeros_like(ids), ids], 1), torch.cat([torch.zeros_like(mask), mask], 1)
     left = model.logits(*padded, owners)[:, ids.shape[1] :]

@@ -15,7 +15,9 @@ peft = pytest.importorskip("peft")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi", "phi3", "gemma", "gpt_neox"])
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": "attention"}], ids=["lora", "rslora", "attention"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"target_modules": "attention"}], ids=["lora", "rslora", "attention"]
+)
 def test_ours_loads_in_peft_and_agrees(family: str, settings: dict, tmp_path: Path) -> None:
     model = multi(family)
     model.add_adapter("x", METHODS["lora"](r=4, lora_alpha=6, **settings))

@@ -16,12 +16,16 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from mlora import ops
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+GROUPS = ("all-linear", "attention", "mlp")
+"""Groups of linear layers that `target_modules` may name."""
+Distribution = Literal["zeros", "normal", "kaiming"]
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -52,7 +56,7 @@ class Init:
     """
 
     shape: tuple[int, ...]
-    kind: Literal["zeros", "normal", "kaiming"] = "zeros"
+    kind: Distribution = "zeros"
     scale: float = 0.0
     stacked: bool = False
 
@@ -175,6 +179,25 @@ class Method(BaseModel):
     file_prefix: ClassVar[str] = "base_model.model"
     """First part of tensor names in a saved file."""
 
+    target_modules: tuple[str, ...] | Literal["all-linear", "attention", "mlp"] = "all-linear"
+    """Names of linear layers, {name: bool}, or a group: "all-linear", "attention", "mlp"."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        if isinstance(value, dict):
+            wrong = [name for name, on in value.items() if not isinstance(on, bool)]
+            if wrong:
+                raise ValueError(f"expected true or false for {', '.join(map(repr, wrong))}")
+            value = [name for name, on in value.items() if on]
+        if isinstance(value, str) and value not in GROUPS:
+            raise ValueError(f"expected a list of names, {{name: true}}, or one of {', '.join(GROUPS)}")
+        if isinstance(value, list | tuple | set):
+            if not value:
+                raise ValueError("names no module to adapt")
+            return tuple(sorted(value))
+        return value
+
     def linear_parameters(self, site: LinearSite) -> dict[str, Init]:
         """Declare the tensors that a targeted linear layer gets; {} for none."""
         raise NotImplementedError
@@ -187,7 +210,9 @@ class Method(BaseModel):
         """Declare the tensors that a feed-forward block gets; {} where the method adapts single linears only."""
         return {}
 
-    def block(self, p: Tensors, experts: Mapping[str, Tensors], x: Tensor, site: BlockSite, segment: Segment) -> BlockSteps:
+    def block(
+        self, p: Tensors, experts: Mapping[str, Tensors], x: Tensor, site: BlockSite, segment: Segment
+    ) -> BlockSteps:
         """Compute a feed-forward block for methods that declare `block_parameters`.
 
         A coroutine, so that the frozen products run once for the tokens of all adapters: first it yields the

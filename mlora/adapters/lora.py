@@ -10,15 +10,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from mlora import ops
-from mlora.adapters.base import Init, LinearSite, Method, Segment, Tensors, register, scaling
+from mlora.adapters.base import Distribution, Init, LinearSite, Method, Segment, Tensors, register, scaling
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-GROUPS = ("all-linear", "attention", "mlp")
 
 
 @register("lora")
@@ -35,24 +33,6 @@ class LoraConfig(Method):
     """Scale by lora_alpha / sqrt(r) instead."""
     lora_init: Literal["original", "gaussian"] = "original"
     """Distribution of A at the start: "original" is kaiming uniform with a = sqrt(5), "gaussian" normal(0, 1/r)."""
-    target_modules: tuple[str, ...] | Literal["all-linear", "attention", "mlp"] = "all-linear"
-    """Names of linear layers, {name: bool}, or a group: "all-linear", "attention", "mlp"."""
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _names(cls, value: object) -> object:
-        if isinstance(value, dict):
-            wrong = [name for name, on in value.items() if not isinstance(on, bool)]
-            if wrong:
-                raise ValueError(f"expected true or false for {', '.join(map(repr, wrong))}")
-            value = [name for name, on in value.items() if on]
-        if isinstance(value, str) and value not in GROUPS:
-            raise ValueError(f"expected a list of names, {{name: true}}, or one of {', '.join(GROUPS)}")
-        if isinstance(value, list | tuple | set):
-            if not value:
-                raise ValueError("names no module to adapt")
-            return tuple(sorted(value))
-        return value
 
     def linear_parameters(self, site: LinearSite) -> dict[str, Init]:
         return low_rank_parameters(self, site)
@@ -70,6 +50,7 @@ class LoraConfig(Method):
 def low_rank_parameters(config: LoraConfig, site: LinearSite, num_experts: int | None = None) -> dict[str, Init]:
     """Declare A and B of a linear layer, stacked [E, ...] for E experts."""
     lead = () if num_experts is None else (num_experts,)
+    kind: Distribution
     kind, scale = ("kaiming", math.sqrt(5)) if config.lora_init == "original" else ("normal", 1 / config.r)
     return {
         "lora_A": Init((*lead, config.r, site.in_features), kind, scale, stacked=bool(lead)),

@@ -95,8 +95,7 @@ class MixLoraConfig(LoraConfig):
         frozen = yield x
         codes = [self._codes(x, experts.get(up.name), up, segment) for up in site.ups]
         down = experts.get(site.down.name)
-        hidden: Tensor | float = 0.0
-        mixed: Tensor | float = 0.0
+        hidden = mixed = x.new_zeros(())
         for expert, weight in zip(chosen.unbind(1), weights.to(x.dtype).unbind(1), strict=True):
             ups = [
                 out if code is None else out + self._expand(ops.select_expert(code, expert), experts[up.name], out)

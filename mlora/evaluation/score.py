@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from mlora.data import EncodedQuestion
 from mlora.model.batch import IGNORED, Batch, Row
 from mlora.model.multi import MultiAdapterModel
+from mlora.tasks import Protocol
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Prediction:
 
 
 def predict(
-    model: MultiAdapterModel, requests: Sequence[Request], protocol: Literal["letter", "loglikelihood"], batch_size: int
+    model: MultiAdapterModel, requests: Sequence[Request], protocol: Protocol, batch_size: int
 ) -> Iterator[Prediction]:
     """Yield the prediction of each request, in order.
 

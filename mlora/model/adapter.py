@@ -23,17 +23,25 @@ class Adapter(nn.Module):
         blocks: feed-forward blocks it spans, by path.
     """
 
-    def __init__(self, name: str, method: Method, linears: list[LinearSite], blocks: list[BlockSite], seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        linears: list[LinearSite],
+        blocks: list[BlockSite],
+        seed: int,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.name, self.method = name, method
         self.tensors: dict[str, dict[str, nn.Parameter]] = {}
         self.inits: dict[str, dict[str, Init]] = {}
         self.layers: dict[str, int] = {}
         self.blocks = {b.path: _with_activation(b, method.activation) for b in blocks}
-        for site, inits in [
-            *((linear, method.linear_parameters(linear)) for linear in linears),
-            *((block, method.block_parameters(block)) for block in blocks),
-        ]:
+        declared: list[tuple[LinearSite | BlockSite, dict[str, Init]]] = []
+        declared += [(linear, method.linear_parameters(linear)) for linear in linears]
+        declared += [(block, method.block_parameters(block)) for block in blocks]
+        for site, inits in declared:
             if inits:
                 self._add(site, inits, seed, device)
         self.blocks = {path: block for path, block in self.blocks.items() if path in self.tensors}

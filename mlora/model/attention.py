@@ -49,11 +49,15 @@ def packed_attention(
     if unknown or dropout:
         raise NotImplementedError(f"packed attention knows no {', '.join(unknown) or 'dropout'}")
     if packed_lengths is None:
-        mask = attention_mask if attention_mask is not None or query.shape[2] == 1 else _window(query.shape[2], sliding_window, query)
+        mask = (
+            attention_mask
+            if attention_mask is not None or query.shape[2] == 1
+            else _window(query.shape[2], sliding_window, query)
+        )
         return _attend(query, key, value, mask, scaling, softcap).transpose(1, 2), None
     if len(set(packed_lengths)) == 1:
-        rows = [t.unflatten(2, (-1, packed_lengths[0])).transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
-        out = _attend(*rows, _window(packed_lengths[0], sliding_window, query), scaling, softcap)
+        q, k, v = (t.unflatten(2, (-1, packed_lengths[0])).transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+        out = _attend(q, k, v, _window(packed_lengths[0], sliding_window, query), scaling, softcap)
         return out.transpose(1, 2).flatten(0, 1)[None], None
     parts = [
         _attend(q, k, v, _window(q.shape[2], sliding_window, q), scaling, softcap)
@@ -71,7 +75,9 @@ def _window(length: int, window: int | None, like: Tensor) -> Tensor | None:
     return (distance >= 0) & (distance < window)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
     causal = mask is None and q.shape[2] > 1
     if softcap is None:
         gqa = q.shape[1] != k.shape[1]

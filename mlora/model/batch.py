@@ -74,7 +74,9 @@ class Batch:
         return replace(self, **moved)
 
     @classmethod
-    def pack(cls, rows: Sequence[Row], steps: dict[str | None, int] | None = None, device: torch.device | str = "cpu") -> Batch:
+    def pack(
+        cls, rows: Sequence[Row], steps: dict[str | None, int] | None = None, device: torch.device | str = "cpu"
+    ) -> Batch:
         """Pack rows into one stream, those of one adapter side by side, in the order given.
 
         Raises:

@@ -74,7 +74,9 @@ def _read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if not path.exists():
         raise AdapterFileError(f"{folder}: neither {TENSORS} nor {PICKLE} is there")
     if not allow_pickle:
-        raise AdapterFileError(f"{path}: a .bin file is a pickle and is read only where you allow it (allow_pickle=True)")
+        raise AdapterFileError(
+            f"{path}: a .bin file is a pickle and is read only where you allow it (allow_pickle=True)"
+        )
     log.warning("%s: reading a pickle, tensors only", path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -87,7 +89,9 @@ def _read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
 
 def _to_file(method: Method, tensors: dict[str, Tensor]) -> dict[str, Any]:
     fields = method.model_dump(mode="json", exclude_none=True)
-    targets = {name.split(".experts.")[0].rsplit(".lora_", 1)[0].rpartition(".")[2] for name in tensors if "lora_" in name}
+    targets = {
+        name.split(".experts.")[0].rsplit(".lora_", 1)[0].rpartition(".")[2] for name in tensors if "lora_" in name
+    }
     config = fields | {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",

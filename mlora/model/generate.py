@@ -28,7 +28,11 @@ def row_flight(adapters: Sequence[str | None]) -> tuple[list[int], Flight]:
 
 @torch.no_grad()
 def generate(
-    model: MultiAdapterModel, prompts: Sequence[str], adapters: Sequence[str | None], max_new_tokens: int, **generation: Any
+    model: MultiAdapterModel,
+    prompts: Sequence[str],
+    adapters: Sequence[str | None],
+    max_new_tokens: int,
+    **generation: Any,
 ) -> list[str]:
     """Continue prompts; see `MultiAdapterModel.generate`."""
     if len(prompts) != len(adapters):

@@ -6,18 +6,28 @@ Every family's attention, cache, norms and generation stay transformers' own.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mlora.adapters import BlockSite, LinearSite, Segment
+from mlora.adapters.base import BlockSteps
 from mlora.model.adapter import Adapter
 from mlora.model.errors import ModelError
 from mlora.model.scope import Scope
 
 BLOCK_NAME = re.compile(r"(^|\.)(mlp|feed_forward|feedforward|ffn)$")
-UP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"), ("gate_up_proj",), ("fc1",), ("c_fc",), ("dense_h_to_4h",), ("up_proj",))
+UP_NAMES = (
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("gate_up_proj",),
+    ("fc1",),
+    ("c_fc",),
+    ("dense_h_to_4h",),
+    ("up_proj",),
+)
 DOWN_NAMES = ("down_proj", "w2", "fc2", "c_proj", "dense_4h_to_h")
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 
@@ -82,7 +92,7 @@ class AdaptedBlock(nn.Module):
         outputs = [_finish(step, out) for step, out in zip(steps, self._frozen(self.site.down, hidden), strict=True)]
         return torch.cat(outputs).view(*x.shape[:-1], -1)
 
-    def _steps(self, x: Tensor, segment: Segment):  # noqa: ANN202
+    def _steps(self, x: Tensor, segment: Segment) -> BlockSteps:
         if not self._spans(segment.adapter):
             return self._plain(x, segment)
         adapter = self.adapters[segment.adapter]  # type: ignore[index]
@@ -90,7 +100,7 @@ class AdaptedBlock(nn.Module):
         experts = {s.name: tensors[s.path] for s in (*site.ups, site.down) if s.path in tensors}
         return adapter.method.block(tensors[site.path], experts, x, site, segment)
 
-    def _plain(self, x: Tensor, segment: Segment):  # noqa: ANN202
+    def _plain(self, x: Tensor, segment: Segment) -> BlockSteps:
         """The block of an adapter that adapts single linears, or none."""
         frozen = yield x
         ups = [self._linear(s).adapt(x, out, segment) for s, out in zip(self.site.ups, frozen, strict=True)]
@@ -109,7 +119,7 @@ class AdaptedBlock(nn.Module):
         return name is not None and self.site.path in self.adapters[name].tensors
 
 
-def _finish(step, out: Tensor) -> Tensor:  # noqa: ANN001
+def _finish(step: BlockSteps, out: Tensor) -> Tensor:
     try:
         step.send(out)
     except StopIteration as stop:
@@ -120,7 +130,7 @@ def _finish(step, out: Tensor) -> Tensor:  # noqa: ANN001
 class Sites:
     """The places of a model that adapters can take, and why others cannot be."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.linears: dict[str, LinearSite] = {}
         self.blocks: dict[str, BlockSite] = {}
@@ -170,7 +180,7 @@ class Sites:
             ModelError: a name matches nothing, or the model's layers cannot be wrapped.
         """
         family = type(self.model).__name__
-        if self.refused and wanted in ("all-linear", "mlp") or not self.linears:
+        if (self.refused and wanted in ("all-linear", "mlp")) or not self.linears:
             where, why = next(iter(self.refused.items()), ("its decoder", "has no linear layer"))
             hint = " Name the attention's linears in target_modules to adapt those." if self.linears else ""
             raise ModelError(f"{family} cannot be wrapped: {where} {why}.{hint}")
@@ -181,7 +191,8 @@ class Sites:
         unknown = [name for name in wanted if name not in names]
         if unknown:
             raise ModelError(
-                f"target_modules: {', '.join(map(repr, unknown))} not in {family}; its linear layers are {', '.join(names)}"
+                f"target_modules: {', '.join(map(repr, unknown))} not in {family}; "
+                f"its linear layers are {', '.join(names)}"
             )
         return [site for site in self.linears.values() if site.name in wanted]
 
@@ -192,7 +203,9 @@ class Sites:
             ModelError: some layer has none that is understood.
         """
         if len(self.blocks) < len(self.layers):
-            where, why = next(iter(self.refused.items()), ("its decoder layers", "have no feed-forward block of a known name"))
+            where, why = next(
+                iter(self.refused.items()), ("its decoder layers", "have no feed-forward block of a known name")
+            )
             raise ModelError(f"{type(self.model).__name__} cannot take experts: {where} {why}")
         return list(self.blocks.values())
 
@@ -208,9 +221,9 @@ def _layer_of(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
-def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+def _decoder_layers(model: Any) -> list[nn.Module]:
     """Return the first list of modules below the model that is as long as the config says it is deep."""
-    depth = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+    depth = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return list(module)
@@ -219,10 +232,10 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def _agrees(module: nn.Module, site: BlockSite) -> bool:
     """Compare the block's own forward with the description, on random input."""
-    weight = site.down.module.weight
+    frozen: Any = site.down.module
+    weight, bias = frozen.weight, frozen.bias
     if weight.device.type == "meta":
         return True
-    bias = site.down.module.bias
     dtype = bias.dtype if bias is not None else weight.dtype if weight.is_floating_point() else torch.float32
     x = torch.randn(3, site.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
     with torch.no_grad():

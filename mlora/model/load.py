@@ -67,7 +67,12 @@ def find(name_or_path: str, revision: str | None = None, trust_remote_code: bool
         raise ModelError(f"--base_model {name_or_path}: the folder holds {found}")
     if name_or_path in PACKAGED:
         return _packaged(name_or_path)
-    if path.is_absolute() or name_or_path.startswith((".", "~")) or path.suffix == ".gguf" or name_or_path.count("/") > 1:
+    if (
+        path.is_absolute()
+        or name_or_path.startswith((".", "~"))
+        or path.suffix == ".gguf"
+        or name_or_path.count("/") > 1
+    ):
         raise ModelError(f"--base_model {name_or_path}: no such file or folder")
     return Origin(name_or_path, name_or_path, None, revision, trust_remote_code)
 
@@ -114,7 +119,7 @@ def load_model(
     if quantization is not None:
         keywords |= {"quantization_config": _quantization(quantization, dtype), "device_map": {"": device}}
     with _explained(origin):
-        model = AutoModelForCausalLM.from_pretrained(origin.folder, **keywords)
+        model: Any = AutoModelForCausalLM.from_pretrained(origin.folder, **keywords)
     if quantization is None:
         model = model.to(device)
     return model.requires_grad_(False).eval()
@@ -142,7 +147,7 @@ def _quantization(bits: str, dtype: torch.dtype) -> Any:
     raise ModelError(f"quantization: {bits!r} is not allowed; allowed: '4bit', '8bit'")
 
 
-class _explained:  # noqa: N801
+class _explained:
     """Turn what transformers raises about a place into one sentence that says what to do."""
 
     def __init__(self, origin: Origin) -> None:
@@ -160,5 +165,6 @@ class _explained:  # noqa: N801
                 "path of its folder)"
             )
             raise ModelError(
-                f"--base_model {self.origin.given}: cannot be loaded: {first}{hint if on_hub else ''}", unreachable=on_hub
+                f"--base_model {self.origin.given}: cannot be loaded: {first}{hint if on_hub else ''}",
+                unreachable=on_hub,
             ) from error

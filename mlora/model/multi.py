@@ -306,7 +306,9 @@ class MultiAdapterModel(nn.Module):
         positions = (batch.targets != IGNORED).nonzero()[:, 0]
         logits = self._run(self._flight(batch, False), batch, positions).float()
         targets = batch.targets[positions]
-        sequence = torch.bucketize(positions, torch.tensor(batch.lengths, device=positions.device).cumsum(0), right=True)
+        sequence = torch.bucketize(
+            positions, torch.tensor(batch.lengths, device=positions.device).cumsum(0), right=True
+        )
         own = -F.cross_entropy(logits, targets, reduction="none")
         sums = own.new_zeros(len(batch.lengths)).index_add(0, sequence, own)
         misses = own.new_zeros(len(batch.lengths)).index_add(0, sequence, (logits.argmax(-1) != targets).to(own.dtype))

@@ -28,9 +28,11 @@ def recompute_in_backward(layer: nn.Module, scope: Scope, enabled: Callable[[], 
         if not enabled() or flight is None or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         runs: list[None] = []
-        return checkpoint(partial(_run, forward, scope, flight, runs), *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(
+            partial(_run, forward, scope, flight, runs), *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
 
-    layer.forward = checkpointed  # type: ignore[method-assign]
+    layer.forward = checkpointed
 
 
 def _run(forward: Callable[..., Any], scope: Scope, flight: Flight, runs: list[None], *args: Any, **kwargs: Any) -> Any:

@@ -173,7 +173,8 @@ def damage(path: Path) -> list[str]:
 def _digests(path: Path) -> dict[str, dict[str, Any]]:
     files = sorted(file for file in path.iterdir() if file.name != MANIFEST)
     return {
-        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()} for file in files
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in files
     }
 
 
@@ -208,4 +209,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-

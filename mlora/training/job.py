@@ -78,9 +78,7 @@ class Job:
         size = self.config.batch_size
         if self._order[0] != epoch:
             lengths = [len(s.input_ids) for s in self.samples] if self.config.group_by_length else None
-            order = epoch_order(
-                len(self.samples), self.seed, self.name, epoch, lengths=lengths, batch_size=size
-            )
+            order = epoch_order(len(self.samples), self.seed, self.name, epoch, lengths=lengths, batch_size=size)
             self._order = (epoch, order)
         chosen = self._order[1][position * size : (position + 1) * size]
         samples = [self.samples[i] for i in chosen]

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,7 +205,8 @@ class Run:
         for job in self.config.lora:
             samples = None
             if tokenizer is not None:
-                samples = _unless_unreachable(lambda job=job: self._samples_of(job, tokenizer), f"rows of {job.name}", notes)
+                read = partial(self._samples_of, job, tokenizer)
+                samples = _unless_unreachable(read, f"rows of {job.name}", notes)
             parameters = None
             if model is not None:
                 model.add_adapter(job.name, job.method)
@@ -276,7 +277,9 @@ class Run:
             wanted += [Examination(None, *place, batch_size=size) for place, size in places.items()]
         results = []
         with Rows() as progress:
-            for result in evaluate(model, wanted, self._cutoff, self.config.eval_lora_simultaneously_num, progress.show):
+            for result in evaluate(
+                model, wanted, self._cutoff, self.config.eval_lora_simultaneously_num, progress.show
+            ):
                 self.folder.add_result(result.as_dict())
                 results.append(result.as_dict())
         if self.config.evaluate_result:

@@ -23,7 +23,9 @@ class Stop:
         self._before = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._restore()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -10,15 +10,17 @@ from mlora import ops
 from mlora.adapters import METHODS, BlockSite, LinearSite, Segment
 from mlora.ops.reference import mixture_feed_forward
 
-D, I, N = 12, 20, 17
+D, H, N = 12, 20, 17
 
 
 def site(form: str) -> BlockSite:
     torch.manual_seed(0)
-    outs = {"gated": (("gate_proj", I), ("up_proj", I)), "fused": (("gate_up_proj", 2 * I),), "plain": (("fc1", I),)}[form]
+    outs = {"gated": (("gate_proj", H), ("up_proj", H)), "fused": (("gate_up_proj", 2 * H),), "plain": (("fc1", H),)}[
+        form
+    ]
     bias = form == "plain"
     linears = [LinearSite(f"l.0.mlp.{n}", 0, D, o, nn.Linear(D, o, bias=bias).double(), True) for n, o in outs]
-    down = LinearSite("l.0.mlp.down_proj", 0, I, D, nn.Linear(I, D, bias=bias).double(), True)
+    down = LinearSite("l.0.mlp.down_proj", 0, H, D, nn.Linear(H, D, bias=bias).double(), True)
     return BlockSite("l.0.mlp", 0, D, tuple(linears), down, nn.functional.silu)
 
 
@@ -52,7 +54,9 @@ def test_block_equals_reference(form: str, top_k: int, without: str, float64: No
 
     x, router = random(N, D), random(4, D)
     linears = {s.name: s for s in (*block.ups, block.down) if s.name != without}
-    experts = {n: {"lora_A": random(4, 3, s.in_features), "lora_B": random(4, s.out_features, 3)} for n, s in linears.items()}
+    experts = {
+        n: {"lora_A": random(4, 3, s.in_features), "lora_B": random(4, s.out_features, 3)} for n, s in linears.items()
+    }
     inputs = [x, router, *(t for p in experts.values() for t in p.values())]
     outer = torch.randn(N, D, generator=draw, dtype=torch.float64)
 
@@ -79,7 +83,10 @@ def test_mixture_dropout_is_per_expert_and_repeatable() -> None:
     draw = torch.Generator().manual_seed(3)
     x = torch.randn(N, D, generator=draw)
     experts = {
-        s.name: {"lora_A": torch.randn(4, 3, s.in_features, generator=draw), "lora_B": torch.randn(4, s.out_features, 3, generator=draw)}
+        s.name: {
+            "lora_A": torch.randn(4, 3, s.in_features, generator=draw),
+            "lora_B": torch.randn(4, s.out_features, 3, generator=draw),
+        }
         for s in (*block.ups, block.down)
     }
     router = {"router": torch.randn(4, D, generator=draw)}

@@ -33,8 +33,12 @@ def samples(count: int, seed: int) -> list[Sample]:
 
 CONFIGS = {
     "a": JobConfig(name="a", method=LORA, batch_size=4, micro_batch_size=2, num_epochs=4, lr=3e-3, warmup_steps=3),
-    "b": JobConfig(name="b", method=MIXTURE, batch_size=6, micro_batch_size=6, num_epochs=7, lr=2e-3, scheduler_type="cosine"),
-    "c": JobConfig(name="c", method=GAUSSIAN, batch_size=3, micro_batch_size=1, num_epochs=3, lr=2e-3, max_grad_norm=0.5),
+    "b": JobConfig(
+        name="b", method=MIXTURE, batch_size=6, micro_batch_size=6, num_epochs=7, lr=2e-3, scheduler_type="cosine"
+    ),
+    "c": JobConfig(
+        name="c", method=GAUSSIAN, batch_size=3, micro_batch_size=1, num_epochs=3, lr=2e-3, max_grad_norm=0.5
+    ),
 }
 ROWS = {"a": samples(41, 1), "b": samples(34, 2), "c": samples(22, 3)}  # 44, 42 and 24 steps
 
