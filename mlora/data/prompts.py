@@ -8,12 +8,10 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlora.config.templates import TEMPLATES
 from mlora.data.errors import DataError
 
 DEFAULT_PROMPT = "mlora"
-_PACKAGE = Path(__file__).parents[1]
-# A checkout has the templates beside the package, an installed package inside it.
-FOLDERS = (_PACKAGE.parent / "templates" / "prompts", _PACKAGE / "templates" / "prompts")
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def find_prompt(name_or_path: str | None = None) -> PromptTemplate:
     path = Path(wanted).expanduser()
     if path.is_file():
         return _load(path)
-    known = {file.stem: file for folder in reversed(FOLDERS) for file in folder.glob("*.json")}
+    known = {file.stem: file for file in (TEMPLATES / "prompts").glob("*.json")}
     stem = path.name.removesuffix(".json")
     if stem in known:
         return _load(known[stem])
