@@ -1,7 +1,7 @@
 """Rows to token ids: where data comes from, prompt templates, label masks, the order of an epoch."""
 
 from mlora.data.dataset import Report, Samples, load_questions, load_training_samples, task_names
-from mlora.data.errors import DataError, UnreachableError, UnreachableError
+from mlora.data.errors import DataError, UnreachableError
 from mlora.data.order import epoch_order
 from mlora.data.prompts import PromptTemplate, find_prompt
 from mlora.data.sources import split_paths
@@ -15,7 +15,6 @@ __all__ = [
     "Report",
     "Sample",
     "Samples",
-    "UnreachableError",
     "UnreachableError",
     "encode_choices",
     "encode_question",

@@ -8,8 +8,4 @@ class DataError(Exception):
 
 
 class UnreachableError(DataError):
-    """Data on a hub that cannot be had from here."""
-
-
-class UnreachableError(DataError):
     """Data on a hub that cannot be reached from here; whether it is good or bad cannot be said."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from mlora.data.errors import DataError, UnreachableError, UnreachableError
+from mlora.data.errors import DataError, UnreachableError
 from mlora.data.readers import SourceRow, is_data_file, read_file
 from mlora.tasks import Source, Task
 
@@ -123,7 +123,8 @@ def hub_rows(hub: str, subset: str | None, split: str) -> Iterator[SourceRow]:
     try:
         rows = load_dataset(hub, subset, split=split)
     except Exception as error:  # network, hub and format errors of many kinds share no base class
-        raise UnreachableError(
+        unreachable = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        raise (UnreachableError if unreachable else DataError)(
             f"cannot load the split {split!r} of {name} from the Hugging Face hub: {_first_line(error)}. "
             f"Without a network give a local file or folder instead (--data_path FOLDER with {split}.jsonl in it, "
             "in the hub's columns), or fill the cache of `datasets` (HF_HOME) beforehand"
