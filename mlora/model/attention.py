@@ -89,7 +89,8 @@ def _attend(
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        # not -inf: a row of padding sees nothing, and its NaN would reach others through the cache
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     return scores.float().softmax(-1).to(q.dtype) @ v
 
 

@@ -2,15 +2,11 @@
 
 
 class ModelError(ValueError):
-    """A base model that cannot be loaded or wrapped, or an adapter that does not fit it.
+    """A base model that cannot be loaded or wrapped, or an adapter that does not fit it."""
 
-    Attributes:
-        unreachable: whether it lies on a hub that cannot be reached from here.
-    """
 
-    def __init__(self, message: str, unreachable: bool = False) -> None:
-        super().__init__(message)
-        self.unreachable = unreachable
+class UnreachableModelError(ModelError):
+    """A base model on a hub that cannot be had from here."""
 
 
 class AdapterFileError(ModelError):

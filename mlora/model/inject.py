@@ -140,7 +140,8 @@ class Sites:
 
     def _find(self) -> None:
         modules = dict(self.model.named_modules())
-        blocks = {path for path in modules if BLOCK_NAME.search(path) and _layer_of(path) is not None}
+        # a list: the order of a set differs from process to process, and optimizer state is kept by position
+        blocks = [path for path in modules if BLOCK_NAME.search(path) and _layer_of(path) is not None]
         for path, module in modules.items():
             layer = _layer_of(path)
             if layer is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlora.model.errors import ModelError
+from mlora.model.errors import ModelError, UnreachableModelError
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +164,7 @@ class _explained:
                 " (a hub id needs a connection or a cached copy, a gated one `hf auth login`; a local model needs the "
                 "path of its folder)"
             )
-            raise ModelError(
-                f"--base_model {self.origin.given}: cannot be loaded: {first}{hint if on_hub else ''}",
-                unreachable=on_hub,
+            kind = UnreachableModelError if on_hub else ModelError
+            raise kind(
+                f"--base_model {self.origin.given}: cannot be loaded: {first}{hint if on_hub else ''}"
             ) from error

@@ -68,7 +68,7 @@ class RunFolder:
         """Refuse to write over what lies there.
 
         Raises:
-            ConfigError: an adapter's folder or checkpoints exist, or a config.json that no run wrote.
+            ConfigError: an adapter's folder or checkpoints exist.
         """
         places = [place for name in names for place in (self.adapter(name), self.checkpoints / name)]
         taken = [str(place) for place in places if place.exists()]
@@ -78,10 +78,12 @@ class RunFolder:
                 "exists already; --overwrite replaces it, --resume goes on from its last checkpoint, "
                 "--load_adapter starts from it, --dir DIR writes elsewhere",
             )
-        self.require_own()
 
-    def require_own(self) -> None:
-        """Refuse a folder whose config.json belongs to something else."""
+    def require_own(self, names: Iterable[str]) -> None:
+        """Refuse to touch what no run wrote: a config.json, or a folder that only shares an adapter's name."""
+        for folder in map(self.adapter, names):
+            if folder.exists() and not (folder / "adapter_config.json").exists():
+                raise _refusal(str(folder), "exists already and is no adapter; choose another name or --dir DIR")
         if self.config.exists() and not self.environment.exists():
             raise _refusal(str(self.config), "exists already and is not of a run; --dir DIR writes elsewhere")
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mlora.config import ConfigError, JobConfig, Problem, RunConfig, RunOptions, load_config, resolved
-from mlora.data import DataError, Samples, load_training_samples, split_paths, task_names
+from mlora.data import DataError, Samples, UnreachableError, load_training_samples, split_paths, task_names
 from mlora.evaluation import Examination, evaluate
 from mlora.model import load
-from mlora.model.errors import ModelError
+from mlora.model.errors import ModelError, UnreachableModelError
 from mlora.model.multi import MultiAdapterModel
 from mlora.report.progress import Progress, Rows
 from mlora.report.table import results_table
@@ -59,7 +59,7 @@ def _fail(error: Exception, status: int, options: RunOptions, hint: str = "") ->
     if options.debug:
         raise error
     kind = "" if isinstance(error, BAD_INPUT) else f"{type(error).__name__}: "
-    print(f"error: {kind}{error}{hint}", file=sys.stderr)
+    print(f"Error: {kind}{error}{hint}", file=sys.stderr)
     return status
 
 
@@ -132,7 +132,7 @@ class Run:
                 raise _bad("--load_adapter", f"no adapter folder {', '.join(missing)}; train it first, or set --dir")
         elif not (options.resume or options.overwrite or options.dry_run):
             self.folder.require_free(names)
-        self.folder.require_own()
+        self.folder.require_own(names)
 
     def _samples_of(self, job: JobConfig, tokenizer: PreTrainedTokenizerBase) -> Samples:
         samples = self._samples(tokenizer, job.task_name, job.data, job.prompt, job.train_on_inputs, job.limit)
@@ -306,9 +306,7 @@ def _unless_unreachable(read: Callable[[], Any], what: str, notes: list[str]) ->
     """Return what is read; None, with a note, where it lies on a hub that cannot be reached."""
     try:
         return read()
-    except (ModelError, DataError) as error:
-        if not getattr(error, "unreachable", False):
-            raise
+    except (UnreachableModelError, UnreachableError) as error:
         notes.append(f"{what}: {error}")
         return None
 

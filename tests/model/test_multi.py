@@ -1,0 +1,229 @@
+"""MultiAdapterModel: adapters at run time, generation, packing, files that do not fit."""
+
+from __future__ import annotations
+
+import gc
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlora import Batch, MultiAdapterModel
+from mlora.adapters import METHODS
+from mlora.config import ConfigError
+from mlora.model import attention, load
+from mlora.model.errors import AdapterFileError, ModelError, UnreachableModelError
+from mlora.model.inject import Sites
+from tests import tinybase
+from tests.families import FAMILIES, awaken, multi, rows, tiny
+
+
+def test_public_surface(tmp_path: Path) -> None:
+    model = MultiAdapterModel.from_pretrained(str(tinybase.save(tmp_path / "base")))
+    assert model.add_adapter("a", {"r": 4, "lora_alpha": 8}) == "a"
+    model.add_adapter(
+        "b", {"routing_strategy": "mixlora", "num_experts": 3, "top_k": 1, "r": 2, "name": "b", "lr": 1e-3}
+    )
+    assert model.adapters["a"] == METHODS["lora"](r=4, lora_alpha=8) and model.adapters["b"].num_experts == 3
+    ids, mask = rows(3)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    out = model(Batch.from_rows(ids, mask, labels, ["b", None, "a"]))
+    assert list(out) == ["b", "a"]
+    assert out["a"].num_tokens == int((labels[2, 1:] != -100).sum())
+    assert out["a"].aux_loss == 0 and out["b"].aux_loss > 0
+    trainable = {id(p) for n in "ab" for _, p in model.adapter_parameters(n)}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == trainable
+    model.save_adapter("b", tmp_path / "b")
+    assert model.load_adapter(tmp_path / "b", "again") == "again"
+    model.remove_adapter("b")
+    assert list(model.adapters) == ["a", "again"]
+    with pytest.raises(ModelError, match="'b' is not loaded; loaded: a, again"):
+        model(Batch.from_rows(ids, mask, None, ["b"] * 3))
+    with pytest.raises(ModelError, match="exists already"):
+        model.add_adapter("a", {"r": 8})
+
+
+def test_no_label_tokens_give_zero_not_nan() -> None:
+    model = multi()
+    model.add_adapter("a", {"r": 4})
+    ids, mask = rows(2)
+    out = model(Batch.from_rows(ids, mask, torch.full_like(ids, -100), ["a", "a"]))["a"]
+    assert out.loss == 0 and out.num_tokens == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "phi3"])
+def test_generation_in_company_is_generation_alone(family: str, tmp_path: Path) -> None:
+    model = MultiAdapterModel.from_pretrained(str(tinybase.save(tmp_path / "base", family)))
+    model.add_adapter("a", {"r": 4, "lora_dropout": 0.5})
+    model.add_adapter("m", {"routing_strategy": "mixlora", "num_experts": 4, "r": 4, "router_init_range": 0.5})
+    awaken(model, std=0.5)
+    model.train()
+    prompts = ["one", "seventeen tokens?", "three", "x", "five is next"]
+    owners = ["a", "m", None, "m", "a"]
+    together = model.generate(prompts, owners, max_new_tokens=12, do_sample=False)
+    alone = [
+        model.generate([p], [o], max_new_tokens=12, do_sample=False)[0] for p, o in zip(prompts, owners, strict=True)
+    ]
+    assert together == alone
+    assert model.generate([prompts[0]], ["m"], max_new_tokens=12, do_sample=False) != alone[:1]
+    assert model.generate([], [], max_new_tokens=3) == []
+
+
+def test_memory_returns_when_an_adapter_is_removed() -> None:
+    model = multi()
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(o, torch.nn.Parameter) for o in gc.get_objects())
+
+    before = tensors()
+    for i in range(100):
+        model.add_adapter(f"a{i}", {"r": 2})
+    assert tensors() > before
+    for i in range(100):
+        model.remove_adapter(f"a{i}")
+    assert tensors() == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_attention_fits(family: str) -> None:
+    model = multi(family)
+    # stablelm's attention takes no keywords, so it never hears of sequence lengths
+    expected = "sdpa" if family == "stablelm" else attention.PACKED
+    assert model.hf_model.config._attn_implementation == expected
+    assert not model.sites.refused
+
+
+def test_a_leak_between_packed_sequences_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = multi()
+    own = model._inputs
+    monkeypatch.setattr(model, "_inputs", lambda batch: own(batch) | {"packed_lengths": (sum(batch.lengths),)})
+    assert not model._packs()
+    model.check_packing()  # falls back on transformers' block masks, which this leak does not reach
+    assert model.hf_model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(
+        model, "_inputs", lambda b: {"input_ids": b.input_ids, "position_ids": torch.arange(len(b.input_ids[0]))[None]}
+    )
+    with pytest.raises(ModelError, match="LlamaForCausalLM cannot train on packed sequences"):
+        model.check_packing()
+
+
+def test_sliding_windows_are_kept() -> None:
+    model = multi("mistral", sliding_window=4)
+    ids, mask = rows(3, length=14)
+    packed = model.logits(ids, mask, [None] * 3)
+    other = tiny("mistral", sliding_window=4)
+    other.set_attn_implementation("eager")
+    expected = other(ids, attention_mask=mask, use_cache=False).logits
+    assert (packed - expected)[mask.bool()].abs().max() < 1e-5
+    full = multi("mistral", sliding_window=None).logits(ids, mask, [None] * 3)
+    assert (packed - full)[mask.bool()].abs().max() > 1e-3
+
+
+def test_a_block_that_computes_something_else_is_refused() -> None:
+    model = tiny("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: 2 * mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    sites = Sites(model)
+    assert "model.layers.1.mlp" in sites.refused
+    with pytest.raises(ModelError, match="cannot take experts: model.layers.1.mlp"):
+        sites.all_blocks()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("./nowhere", "no such file or folder"),
+        ("/nowhere/at/all", "no such file or folder"),
+        ("nowhere.gguf", "no such file or folder"),
+        ("a/b/c", "no such file or folder"),
+    ],
+)
+def test_a_missing_base_model_is_never_looked_up_on_the_hub(name: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        MultiAdapterModel.from_pretrained(name)
+
+
+def test_an_unreachable_hub_model_says_what_to_do() -> None:
+    with pytest.raises(UnreachableModelError, match="--base_model nobody/nothing.*connection"):
+        MultiAdapterModel.from_pretrained("nobody/nothing")
+
+
+def test_wrong_arguments_name_what_is_allowed(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="dtype: 'float8'"):
+        MultiAdapterModel.from_pretrained("smollm2", dtype="float8")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="neither config.json nor a GGUF file"):
+        load.find(str(tmp_path / "empty"))
+
+
+def test_names_are_checked_before_anything_happens() -> None:
+    model = multi()
+    for name in ("../up", "/abs", ".hidden", "a/b", "con", "x" * 65, ""):
+        with pytest.raises(ConfigError):
+            model.add_adapter(name, {"r": 2})
+    model.add_adapter("with.dot-and_more", {"r": 2})
+    assert list(model.adapters) == ["with.dot-and_more"]
+
+
+class TestFiles:
+    @pytest.fixture
+    def saved(self, tmp_path: Path) -> Path:
+        model = multi()
+        model.add_adapter("a", {"r": 4})
+        model.save_adapter("a", tmp_path / "a")
+        return tmp_path / "a"
+
+    def refused(self, folder: Path, said: str, **settings: object) -> None:
+        model = multi(**settings)
+        with pytest.raises(ModelError, match=said):
+            model.load_adapter(folder)
+        assert not model.adapters
+
+    def test_missing_and_broken_files_are_named(self, saved: Path) -> None:
+        self.refused(saved / "no", "no such adapter folder")
+        (saved / "adapter_model.safetensors").rename(saved / "gone")
+        self.refused(saved, "neither adapter_model.safetensors nor adapter_model.bin")
+        (saved / "adapter_model.safetensors").write_bytes((saved / "gone").read_bytes()[:1000])
+        self.refused(saved, "adapter_model.safetensors: cannot be read")
+        (saved / "adapter_config.json").write_text("{")
+        self.refused(saved, "adapter_config.json: is not JSON")
+
+    def test_a_base_of_another_shape_is_refused(self, saved: Path) -> None:
+        self.refused(
+            saved, r"does not fit this base model: .*is \[4, 32\], the base model needs \[4, 48\]", hidden_size=48
+        )
+        self.refused(saved, "missing base_model.model.model.layers.2", layers=3)
+
+    def test_what_we_cannot_compute_is_refused(self, saved: Path) -> None:
+        config = json.loads((saved / "adapter_config.json").read_text())
+        for key, value in (("bias", "all"), ("rank_pattern", {"q_proj": 2}), ("modules_to_save", ["lm_head"])):
+            (saved / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+            self.refused(saved, f"{key}: .* is not supported")
+        (saved / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
+        self.refused(saved, "method 'ia3' is unknown")
+
+    def test_pickles_are_read_only_where_allowed_and_never_run(self, saved: Path, tmp_path: Path) -> None:
+        tensors = multi()
+        tensors.load_adapter(saved, "a")
+        torch.save(tensors.adapter_tensors("a"), saved / "adapter_model.bin")
+        (saved / "adapter_model.safetensors").unlink()
+        self.refused(saved, "is a pickle and is read only where you allow it")
+        model = multi()
+        model.load_adapter(saved, "b", allow_pickle=True)
+
+        class Payload:
+            def __reduce__(self) -> tuple:
+                return Path.touch, (tmp_path / "owned",)
+
+        (saved / "adapter_model.bin").write_bytes(pickle.dumps(Payload()))
+        with pytest.raises(AdapterFileError, match="is not a file of plain tensors"):
+            model.load_adapter(saved, "c", allow_pickle=True)
+        shutil.copy(saved / "adapter_model.bin", saved / "adapter_model.safetensors")
+        with pytest.raises(AdapterFileError, match="cannot be read"):
+            model.load_adapter(saved, "c")
+        assert not (tmp_path / "owned").exists()

@@ -1,0 +1,267 @@
+"""The commands, end to end: from a template and tasks to trained adapters, results and exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlora.config import RunOptions
+from mlora.training.program import main
+from tests import tinybase
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tinybase.save(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with a little task data of the project's own making."""
+    from mlora.data.demo import write_demo_data
+
+    monkeypatch.chdir(tmp_path)
+    write_demo_data(tmp_path / "data")
+    for file in (tmp_path / "data").rglob("*.jsonl"):
+        keep = 24 if file.stem == "train" else 12
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:keep]))
+    return tmp_path
+
+
+def adapter(name: str, **settings: object) -> dict:
+    entry = {"name": name, "task_name": "boolq", "data": "data", "r": 4, "lora_alpha": 8, "lora_dropout": 0.05}
+    return entry | {"batch_size": 8, "micro_batch_size": 4, "num_epochs": 2, "lr": 5e-3} | settings
+
+
+def write_config(*adapters: dict, **settings: object) -> None:
+    Path("mlora.json").write_text(json.dumps({"cutoff_len": 256, **settings, "lora": list(adapters)}))
+
+
+def launch(*arguments: str, **settings: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **settings)
+
+
+def losses(folder: Path) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "loss" in entry:
+            found.setdefault(entry["adapter"], []).append(entry["loss"])
+    return found
+
+
+MIXTURE = {"routing_strategy": "mixlora", "num_experts": 4, "top_k": 2}
+
+
+def test_a_whole_run(here: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(
+        adapter("plain"),
+        adapter("mixture", **MIXTURE, batch_size=6, micro_batch_size=6, num_epochs=3),
+        adapter("likelihood", task_name="arc_easy", num_epochs=1),
+        train_lora_simultaneously_num=2,
+    )
+    assert main(RunOptions(str(base), evaluate_base=True)) == 0
+    shown = capsys.readouterr().out
+    steps = {name: len(values) for name, values in losses(here).items()}
+    assert steps == {"plain": 6, "mixture": 12, "likelihood": 3}
+    for name, values in losses(here).items():
+        assert values[-1] < values[0], name
+    results = json.loads(Path("results.json").read_text())
+    assert {(r["adapter"], r["task"], r["metric"]) for r in results} == {
+        (name, task, metric)
+        for task, names, metrics in (
+            ("boolq", ("plain", "mixture", "base model"), ("accuracy",)),
+            ("arc_easy", ("likelihood", "base model"), ("acc", "acc_norm")),
+        )
+        for name in names
+        for metric in metrics
+    }
+    assert all(r["n"] == 12 and r["limit"] is None for r in results)
+    assert "likelihood  arc_easy  acc_norm" in shown and "±" in shown
+    for name in ("plain", "mixture", "likelihood"):
+        assert {p.name for p in Path(name).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {"config.json", "environment.json", "mlora.log"} <= {p.name for p in here.iterdir()}
+
+    before = {(r["adapter"], r["metric"]): r["value"] for r in results}
+    Path("results.json").unlink()
+    assert main(RunOptions(str(base), evaluate=True, config="config.json")) == 0
+    again = {(r["adapter"], r["metric"]): r["value"] for r in json.loads(Path("results.json").read_text())}
+    assert again == {key: value for key, value in before.items() if key[0] != "base model"}
+
+
+def test_limit_is_said_in_every_result(here: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(adapter("a"))
+    assert main(RunOptions(str(base), limit=5, dir="out")) == 0
+    assert [r["limit"] for r in json.loads(Path("out/results.json").read_text())] == [5]
+    assert "5 *" in capsys.readouterr().out and Path("out/adapters/a").is_dir() and Path("out/log.txt").exists()
+
+
+def test_load_adapter_goes_on_from_a_saved_adapter(here: Path, base: Path) -> None:
+    write_config(adapter("a", num_epochs=6))
+    assert main(RunOptions(str(base))) == 0
+    first = losses(here)["a"]
+    assert main(RunOptions(str(base), load_adapter=True)) == 0
+    assert losses(here)["a"][len(first)] < first[0] - 0.1
+
+
+def test_dry_run_loads_no_weights_and_writes_nothing(
+    here: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (weights := here / "shapes-only").mkdir()
+    for file in base.iterdir():
+        if file.suffix == ".json":
+            shutil.copy(file, weights)
+    write_config(
+        adapter("a", **MIXTURE),
+        adapter("b", task_name="arc-c", data=None),
+        adapter("c", task_name="casual", data="x/y"),
+    )
+    before = sorted(here.rglob("*"))
+    assert main(RunOptions(str(weights), dry_run=True)) == 0
+    shown = capsys.readouterr().out
+    row = next(line.split() for line in shown.splitlines() if line.startswith("a "))
+    assert row[1:6] == ["mixlora", "4", "4", "24", "6"] and int(row[7].replace(",", "")) > 10_000
+    assert shown.count("unknown: rows of") == 2 and "allenai/ai2_arc" in shown
+    assert [p for p in sorted(here.rglob("*")) if p.name != "mlora.log"] == before
+    assert main(RunOptions("meta-llama/Llama-2-7b-hf", dry_run=True)) == 0
+    assert "unknown" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", ["alone", "beside"])
+def test_bad_input_is_exit_2_names_the_fault_and_loses_nothing(
+    here: Path, base: Path, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    Path("empty.jsonl").write_text("")
+    Path("bad.jsonl").write_text('{"question": "is it", "answer": true, "passage": ""}\n{"question": 5}\n')
+    Path("kept").mkdir()
+    (here / "kept" / "adapter_config.json").write_text("precious")
+    gpt2 = tinybase.save(here / "gpt2", "gpt2", n_embd=32, n_layer=2, n_head=4)
+    moe = tinybase.save(here / "mixtral", "mixtral", num_local_experts=2)
+    cases = [
+        (base, adapter("a", lr_rate=1), ["mlora.json", "lora[0].lr_rate", "unknown key"]),
+        (base, adapter("a", data="nowhere/x.jsonl"), ["nowhere/x.jsonl"]),
+        (base, adapter("a", task_name="arc-esy"), ["arc-esy", "arc-e"]),
+        (base, adapter("kept"), ["kept", "--overwrite", "--resume"]),
+        (base, adapter("a", data="empty.jsonl"), ["no data rows", "empty.jsonl"]),
+        (base, adapter("a", data="bad.jsonl"), ["bad.jsonl", "2", "question"]),
+        (base, adapter("a", target_modules=["q_prj"]), ["q_prj", "q_proj"]),
+        (base, adapter("a", act_fn="sillu", **MIXTURE), ["act_fn", "sillu", "silu"]),
+        (gpt2, adapter("a"), ["GPT2LMHeadModel", "Conv1D"]),
+        (moe, adapter("a"), ["MixtralForCausalLM", "mixture of experts", "target_modules"]),
+        (moe, adapter("a", **MIXTURE, target_modules="attention"), ["MixtralForCausalLM", "experts"]),
+        (here / "no-model", adapter("a"), ["no-model", "no such"]),
+        (here / "kept", adapter("a"), ["kept", "config.json"]),
+    ]
+    for model, entry, said in cases:
+        write_config(*([entry] if broken == "alone" else [adapter("good"), entry]))
+        before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file() and p.name not in ("mlora.log",)}
+        assert main(RunOptions(str(model))) == 2, entry
+        error = capsys.readouterr().err
+        said = [part.replace("lora[0]", f"lora[{broken == 'beside':d}]") for part in said]
+        missing = [part for part in said if part not in error]
+        assert not missing, f"{missing} not in: {error}"
+        assert "Traceback" not in error and error.count("\n") <= 15
+        after = {p: p.read_bytes() for p in here.rglob("*") if p.is_file() and p.name not in ("mlora.log",)}
+        assert after == before, sorted(set(after) ^ set(before))
+
+
+def test_a_folder_of_something_else_is_left_alone(here: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(adapter("a"))
+    Path("config.json").write_text("{}")
+    assert main(RunOptions(str(base), overwrite=True)) == 2
+    assert "config.json" in capsys.readouterr().err and Path("config.json").read_text() == "{}"
+    Path("config.json").unlink()
+    Path("a").mkdir()
+    Path("a/thesis.tex").write_text("precious")
+    assert main(RunOptions(str(base), overwrite=True)) == 2
+    assert "is no adapter" in capsys.readouterr().err and Path("a/thesis.tex").read_text() == "precious"
+
+
+def test_results_of_other_adapters_stay(here: Path, base: Path) -> None:
+    for name in ("a", "b"):
+        write_config(adapter(name, num_epochs=1))
+        assert main(RunOptions(str(base))) == 0
+    assert [r["adapter"] for r in json.loads(Path("results.json").read_text())] == ["a", "b"]
+    assert set(losses(here)) == {"a", "b"}
+
+
+def test_sigterm_saves_a_checkpoint_and_resuming_ends_in_the_same_bits(here: Path, base: Path) -> None:
+    entries = [adapter("a", num_epochs=12), adapter("b", num_epochs=9, batch_size=6, micro_batch_size=3, **MIXTURE)]
+    write_config(*entries)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert launch("run", "--base_model", base, "--dir", "straight", env=environment).returncode == 0
+    command = [sys.executable, str(ROOT / "launch.py"), "run", "--base_model", str(base), "--dir", "broken"]
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = here / "broken" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 9):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    child.send_signal(signal.SIGTERM)
+    _, error = child.communicate(timeout=60)
+    assert child.returncode == 130 and "--resume" in error
+    assert not (here / "broken" / "adapters" / "a").exists(), "the run ended before it was stopped"
+    again = launch("run", "--base_model", base, "--dir", "broken")
+    assert again.returncode == 2 and "--resume" in again.stderr
+    resumed = launch("run", "--base_model", base, "--dir", "broken", "--resume", env=environment)
+    assert resumed.returncode == 0 and "goes on after step" in resumed.stdout
+    for name in ("a", "b"):
+        files = [here / run / "adapters" / name / "adapter_model.safetensors" for run in ("straight", "broken")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+    assert losses(here / "straight") == losses(here / "broken")
+
+
+SEED_ADAPTER = {
+    "name": "lora_0", "optim": "adamw", "lr": 1e-5, "batch_size": 16, "micro_batch_size": 2, "num_epochs": 3, "r": 8,
+    "lora_alpha": 16, "lora_dropout": 0.05,
+    "target_modules": {"q_proj": True, "k_proj": False, "v_proj": True, "o_proj": False, "gate_proj": True,
+                       "down_proj": True, "up_proj": True},
+    "data": "yahma/alpaca-cleaned", "prompt": "alpaca", "group_by_length": False,
+}  # fmt: skip
+SEED_ROUTING = {
+    "routing_strategy": "mixlora", "router_init_range": 0.02, "num_experts": 8, "top_k": 2, "router_loss": True,
+    "router_aux_loss_coef": 0.01,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, SEED_ROUTING, SEED_ROUTING | {"expert_lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}}]
+)
+def test_config_blocks_of_the_original_train(here: Path, base: Path, extra: dict) -> None:
+    rows = [{"instruction": f"Say {w}", "input": "", "output": w * 3} for w in ("yes", "no", "perhaps", "never")]
+    Path("alpaca.json").write_text(json.dumps(rows))
+    write_config(SEED_ADAPTER | extra | {"data": "alpaca.json", "lr": 1e-2})
+    assert main(RunOptions(str(base))) == 0
+    values = losses(here)["lora_0"]
+    assert len(values) == 3 and values[-1] < values[0]
+    tensors = json.loads(Path("lora_0/adapter_config.json").read_text())
+    assert tensors["target_modules"] == ["down_proj", "gate_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def test_commands_of_the_original_multi_task(here: Path, base: Path, shared: Path) -> None:
+    tasks = ["arc-c", "arc-e", "boolq", "obqa", "piqa"]
+    for task in tasks:
+        for file in (shared / "data" / task).iterdir():
+            (here / "real" / task).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, here / "real" / task)
+    generated = launch(
+        "gen", "--template", "mixlora", "--tasks", ";".join(tasks), "--multi_task", "True", "--adapter_name", "mixlora",
+        "--data_path", "real", "--num_epochs", "1",
+    )  # fmt: skip
+    assert generated.returncode == 0, generated.stderr
+    run = launch("run", "--base_model", base, "--limit", "6")
+    assert run.returncode == 0, run.stderr
+    results = json.loads(Path("results.json").read_text())
+    assert [(r["adapter"], r["task"], r["n"]) for r in results] == [("mixlora_0", task, 6) for task in tasks]
+    assert Path("mixlora_0/adapter_model.safetensors").exists() and "mixlora_0" in run.stdout
