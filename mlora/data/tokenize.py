@@ -203,7 +203,7 @@ def _cut(
 
 
 def _keep(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], room: int) -> tuple[int, ...]:
-    head = 1 if room > 1 and ids[0] == tokenizer.bos_token_id else 0
+    head = 1 if ids[0] == tokenizer.bos_token_id else 0
     return tuple(ids) if len(ids) <= room else (*ids[:head], *ids[len(ids) - room + head :])
 
 

@@ -27,11 +27,10 @@ def texts(row: Row, field: str) -> tuple[str, ...]:
 
 
 def index(row: Row, field: str, labels: Sequence[str]) -> int:
-    """Return the position of a column's value among labels; 1 is read as "1" and True as "true"."""
+    """Return the position of a column's value among labels; 1 counts as "1" and True as "true"."""
     value = _value(row, field)
     label = str(value).strip()
-    if isinstance(value, bool):
-        label = label.lower()
+    label = label if label in labels else label.lower()
     if label not in labels:
         raise RowError(field, f"is {_excerpt(value)}, expected one of {', '.join(labels)}")
     return list(labels).index(label)

@@ -91,7 +91,8 @@ FIRST_LOGLIKELIHOOD_QUESTIONS = {
         1,
     ),
     "social_iqa": Question(
-        "Q: Tracy didn't go home that evening and resisted Riley's attacks. What does Tracy need to do before this?\nA:",
+        "Q: Tracy didn't go home that evening and resisted Riley's attacks. What does Tracy need to do before this?"
+        "\nA:",
         (" make a new plan", " Go home and see Riley", " Find somewhere to go"),
         2,
     ),
@@ -113,7 +114,6 @@ def test_every_published_arc_row_has_the_options_it_names(shared: Path) -> None:
     found = questions(shared, "arc-e") + questions(shared, "arc-c")
     assert Counter(len(q.choices) for q in found) == {4: 2268 + 97 + 1144 + 21, 3: 7 + 3 + 1, 5: 4 + 3}
     assert {q.choices for q in found} == {(" A", " B", " C"), ABCD, (*ABCD, " E")}
-    assert not [q for q in found if "(1)" in q.prompt.partition("?")[2] and "(A)" not in q.prompt]
 
 
 @pytest.mark.parametrize("task", TASKS)

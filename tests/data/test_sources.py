@@ -1,0 +1,192 @@
+"""Rows out of files, folders and the hub, each with its origin."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from mlora.data import DataError, UnreachableError
+from mlora.data.readers import read_file
+from mlora.data.sources import instruction_rows, is_local, local_rows, task_rows
+from mlora.tasks import TASKS
+
+ROWS = [{"question": "is a leaf green", "answer": True}, {"question": 'is "ice" hot,\nor é', "answer": False}]
+
+
+def write(folder: Path, name: str) -> Path:
+    path = folder / name
+    plain = name.lower().removesuffix(".gz")
+    if plain.endswith(".parquet"):
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+        return path
+    with gzip.open(path, "wt", encoding="utf-8") if name.endswith(".gz") else path.open("w", encoding="utf-8") as file:
+        if plain.endswith(".csv"):
+            writer = csv.DictWriter(file, ["question", "answer"])
+            writer.writeheader()
+            writer.writerows(ROWS)
+        elif plain.endswith(".jsonl"):
+            file.write("".join(json.dumps(row) + "\n" for row in ROWS))
+        else:
+            json.dump(ROWS, file, indent=1)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["a.json", "a.json.gz", "a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.parquet", "A.JSONL"]
+)
+def test_every_format_gives_the_same_questions(tmp_path: Path, name: str) -> None:
+    rows = list(read_file(write(tmp_path, name)))
+    found = [TASKS["boolq"].build(row.values) for row in rows]
+    assert found == [TASKS["boolq"].build(row) for row in ROWS]
+    assert all(name in row.origin for row in rows)
+
+
+def test_origins_count_lines_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n[1]\n{"a": \xff}\n{"a": 2}')
+    rows = list(read_file(path))
+    assert [row.origin.rpartition(" ")[2] for row in rows] == ["1", "3", "4", "5"]
+    assert [bool(row.problem) for row in rows] == [False, True, True, False]
+    table = tmp_path / "a.csv"
+    table.write_text('a,b\n1,"x\ny"\n1,2,3\n5\n')
+    rows = list(read_file(table))
+    assert [row.origin.rpartition(" ")[2] for row in rows] == ["3", "4", "5"]
+    assert rows[0].values == {"a": "1", "b": "x\ny"}
+    assert rows[1].problem == "has more cells than the header"
+    assert rows[2].values["b"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"[1, 2", "not a JSON list"),
+        ("a.jsonl.gz", b"not gzip", "cannot be read"),
+        ("b.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "cannot be read"),
+        ("a.parquet", b"not parquet", "a.parquet: not a Parquet file"),
+        ("a.csv", b"a,b\n\xff,1\n", "a.csv, line 2: not comma-separated text"),
+        ("a.txt", b"a", "cannot tell its format; expected a name ending with .json, .jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_read_on(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_file(tmp_path / name))
+
+
+def test_folders_have_a_file_or_files_per_split(tmp_path: Path) -> None:
+    write(tmp_path, "train.csv")
+    write(tmp_path, "validation-00000-of-00002.parquet")
+    write(tmp_path, "validation-00001-of-00002.parquet")
+    (tmp_path / "training_notes.jsonl").write_text("no data")
+    assert len(list(local_rows(str(tmp_path), "train"))) == 2
+    # BoolQ is evaluated on its published validation split.
+    assert len(list(task_rows(TASKS["boolq"], str(tmp_path), "test"))) == 4
+    with pytest.raises(
+        DataError, match="no file for the split 'test' .test.jsonl, say.; there are: train.csv, training"
+    ):
+        list(task_rows(TASKS["arc-e"], str(tmp_path), "test"))
+    with pytest.raises(DataError, match="boolq: no labelled validation split besides"):
+        list(task_rows(TASKS["boolq"], str(tmp_path), "validation"))
+
+
+def test_pubmedqa_is_evaluated_on_a_file_called_test(tmp_path: Path) -> None:
+    write(tmp_path, "test.jsonl")
+    assert len(list(task_rows(TASKS["pubmedqa"], str(tmp_path), "test"))) == 2
+
+
+def test_saved_data_sets(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "dict"))
+    rows.save_to_disk(str(tmp_path / "single"))
+    assert [row.values for row in local_rows(str(tmp_path / "dict"), "train")] == ROWS
+    assert [row.values for row in local_rows(str(tmp_path / "single"), "train")] == ROWS
+    with pytest.raises(DataError, match="no split 'test'; there are: train"):
+        list(local_rows(str(tmp_path / "dict"), "test"))
+
+
+@pytest.mark.parametrize(
+    ("data", "local"),
+    [
+        ("google/boolq", False),
+        ("google/boolq:default", False),
+        ("squad", False),
+        ("./boolq", True),
+        ("/data/boolq", True),
+        ("data/boolq.jsonl", True),
+        ("a/b/c", True),
+        ("~/boolq", True),
+    ],
+)
+def test_what_looks_like_a_path_is_never_looked_up(data: str, local: bool) -> None:
+    assert is_local(data) == local
+
+
+def test_an_existing_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "google" / "boolq").mkdir(parents=True)
+    assert is_local("google/boolq")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What was asked of the hub."""
+    calls: list[tuple[Any, ...]] = []
+
+    def load_dataset(hub: str, subset: str | None, split: str) -> list[dict[str, Any]]:
+        calls.append((hub, subset, split))
+        return ROWS
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_published_ids_subsets_and_splits(asked: list[tuple[Any, ...]]) -> None:
+    for task, data, split in [
+        ("arc-e", None, "train"),
+        ("arc-e", None, "validation"),
+        ("winogrande", None, "test"),
+        ("pubmedqa", None, "train"),
+        ("pubmedqa", None, "test"),
+        ("arc-c", "me/copy", "test"),
+        ("pubmedqa", "me/copy:own", "train"),
+    ]:
+        assert len(list(task_rows(TASKS[task], data, split))) == 2
+    assert (
+        list(instruction_rows("yahma/alpaca-cleaned:all"))[1].origin == "yahma/alpaca-cleaned:all, split train, row 2"
+    )
+    assert asked == [
+        ("allenai/ai2_arc", "ARC-Easy", "train"),
+        ("allenai/ai2_arc", "ARC-Easy", "validation"),
+        ("allenai/winogrande", "winogrande_debiased", "validation"),
+        ("qiaojin/PubMedQA", "pqa_artificial", "train"),
+        ("qiaojin/PubMedQA", "pqa_labeled", "train"),
+        ("me/copy", "ARC-Challenge", "test"),
+        ("me/copy", "own", "train"),
+        ("yahma/alpaca-cleaned", "all", "train"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConnectionError("Couldn't reach it"), UnreachableError),
+        (datasets.exceptions.DatasetNotFoundError("no such id"), DataError),
+        (ValueError("BuilderConfig 'x' not found"), DataError),
+    ],
+)
+def test_hub_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[DataError]) -> None:
+    def load_dataset(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        DataError, match="'validation' of google/boolq .*: .*Without a network .*validation.jsonl"
+    ) as info:
+        list(task_rows(TASKS["boolq"], None, "test"))
+    assert type(info.value) is kind
