@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GROUPS = ("all-linear", "attention", "mlp")
 """Groups of linear layers that `target_modules` may name."""
-Distribution = Literal["zeros", "normal", "kaiming"]
+Distribution = Literal["zeros", "normal", "kaiming", "row_norms"]
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -49,8 +49,8 @@ class Init:
 
     Attributes:
         shape: full shape; a leading expert dimension where `stacked`.
-        kind: "zeros", "normal" (standard deviation `scale`) or "kaiming" (uniform, negative slope `scale`,
-            fan-in the last dimension).
+        kind: "zeros", "normal" (standard deviation `scale`), "kaiming" (uniform, negative slope `scale`, fan-in the
+            last dimension), or "row_norms" (of the frozen weight).
         scale: see `kind`.
         stacked: the first dimension counts experts; files hold one tensor for each.
     """
@@ -79,6 +79,11 @@ class LinearSite:
     out_features: int
     module: nn.Module
     in_block: bool
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias [O]; None where the layer has none."""
+        return self.module.bias  # type: ignore[return-value]
 
     @property
     def name(self) -> str:
@@ -227,6 +232,10 @@ class Method(BaseModel):
             segment: the tokens.
         """
         raise NotImplementedError
+
+    def for_length(self, tokens: int) -> Method:
+        """Return the method with settings that depend on the longest sequence, in tokens, worked out."""
+        return self
 
     @property
     def activation(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from mlora import ops
 from mlora.adapters import BlockSite, Init, LinearSite, Method
 from mlora.model.errors import ModelError
+
+
+log = logging.getLogger(__name__)
 
 
 class Adapter(nn.Module):
@@ -51,7 +55,7 @@ class Adapter(nn.Module):
         self.tensors[site.path] = {}
         for name, init in inits.items():
             key = ops.stable_hash(seed, self.name, site.path, name)
-            parameter = nn.Parameter(initial(init, key, device))
+            parameter = nn.Parameter(initial(init, key, device, site))
             self.tensors[site.path][name] = parameter
             self.register_parameter(f"{site.path}.{name}".replace(".", ":"), parameter)
 
@@ -85,10 +89,17 @@ class Adapter(nn.Module):
     def load_file_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
         """Copy tensors named as in a file into the adapter.
 
+        The predecessors leave DoRA's magnitudes out of their files; where all are missing, each stays at the row
+        norms of its frozen weight, with a warning.
+
         Raises:
             ModelError: tensors are missing, superfluous, or of another shape.
         """
         own = self.file_tensors()
+        magnitudes = {name for name in own if name.endswith("lora_magnitude_vector")}
+        if magnitudes and magnitudes.isdisjoint(tensors):
+            log.warning("%s: holds no DoRA magnitudes; each starts at the row norms of its frozen weight", source)
+            own = {name: tensor for name, tensor in own.items() if name not in magnitudes}
         problems = [f"missing {name}" for name in own if name not in tensors]
         problems += [f"unexpected {name}" for name in tensors if name not in own]
         problems += [
@@ -103,10 +114,12 @@ class Adapter(nn.Module):
             tensor.copy_(tensors[name])
 
 
-def initial(init: Init, key: int, device: torch.device) -> Tensor:
+def initial(init: Init, key: int, device: torch.device, site: LinearSite | BlockSite) -> Tensor:
     """Return a tensor drawn from its declared distribution; drawn on the CPU, so equal on every device."""
     if device.type == "meta":
         return torch.empty(init.shape, device=device)
+    if init.kind == "row_norms" and isinstance(site, LinearSite):
+        return ops.squared_row_norms(site.module).sqrt().expand(init.shape).clone()
     generator = torch.Generator().manual_seed(key & 0xFFFFFFFF)
     tensor = torch.zeros(init.shape)
     if init.kind == "normal":

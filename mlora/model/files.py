@@ -132,7 +132,8 @@ def _from_file(config: dict[str, Any], path: Path) -> Method:
     method = METHODS[name]
     known = {key: value for key, value in config.items() if key in method.model_fields}
     if isinstance(known.get("expert_lora"), dict):  # the predecessors repeat their constant keys in it
-        known["expert_lora"] = {key: value for key, value in known["expert_lora"].items() if key not in _NO_EFFECT}
+        own = known["expert_lora"].items()
+        known["expert_lora"] = {k: v for k, v in own if k not in _NO_EFFECT or k in METHODS["lora"].model_fields}
     for key, harmless in _NO_EFFECT.items():
         if key in config and key not in known and config[key] not in harmless:
             raise AdapterFileError(f"{path}: {key}: {config[key]!r} is not supported; allowed: {harmless[0]!r}")

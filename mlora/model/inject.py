@@ -51,7 +51,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.frozen(x)
-        segments = self.scope.split(x.shape[:-1].numel())
+        segments = self.scope.split(x.shape[:-1])
         if not any(self._holds(s.adapter) for s in segments):
             return out
         flat_x, flat_out = x.flatten(0, -2), out.flatten(0, -2)
@@ -81,7 +81,7 @@ class AdaptedBlock(nn.Module):
         self.frozen, self.site, self.scope, self.adapters = frozen, site, scope, adapters
 
     def forward(self, x: Tensor) -> Tensor:
-        segments = self.scope.split(x.shape[:-1].numel())
+        segments = self.scope.split(x.shape[:-1])
         if not any(self._spans(s.adapter) for s in segments):
             return self.frozen(x)
         flat = x.flatten(0, -2)

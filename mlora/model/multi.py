@@ -129,7 +129,8 @@ class MultiAdapterModel(nn.Module):
         if name in self._adapters:
             raise ModelError(f"adapter {name!r} exists already; remove it or choose another name")
         method = config if isinstance(config, Method) else parse_adapter(dict(config))
-        self._add(name, method)
+        longest = self.hf_model.config.get_text_config().max_position_embeddings
+        self._add(name, method.for_length(longest))
         return name
 
     def _add(self, name: str, method: Method) -> Adapter:

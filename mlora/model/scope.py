@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 
 from mlora.adapters import Segment
 
@@ -19,21 +20,22 @@ class Flight:
 
     Attributes:
         segments: of every adapter, in order, without gaps.
-        sequence_lengths: tokens of each packed sequence, in order; None where rows are padded.
     """
 
     segments: Sequence[Segment]
-    sequence_lengths: tuple[int, ...] | None = None
 
-    def split(self, tokens: int) -> Sequence[Segment]:
-        """Return the segments in units of a module that sees this many tokens."""
-        total = self.segments[-1].stop
+    def split(self, rows: int, length: int) -> Sequence[Segment]:
+        """Return the segments in tokens, for a module whose input is [rows, length, D]."""
+        total, tokens = self.segments[-1].stop, rows * length
         if tokens == total:
             return self.segments
-        per_unit, rest = divmod(tokens, total)
-        if rest:
+        if tokens % total:
             raise RuntimeError(f"segments cover {total} rows or tokens, but a layer received {tokens} tokens")
-        return [replace(s, start=s.start * per_unit, stop=s.stop * per_unit) for s in self.segments]
+        unit = tokens // total
+        return [
+            replace(s, start=s.start * unit, stop=s.stop * unit, sequence_lengths=(unit,) * (s.stop - s.start))
+            for s in self.segments
+        ]
 
     def again(self) -> Flight:
         """Return the flight for recomputing a layer: the same random streams, router logits left nowhere else."""
@@ -48,11 +50,12 @@ class Scope:
         self.flight: Flight | None = None
         self.default: str | None = None
 
-    def split(self, tokens: int) -> Sequence[Segment]:
-        """Return the segments of a module that sees this many tokens; all of the default adapter outside a flight."""
+    def split(self, shape: Sequence[int]) -> Sequence[Segment]:
+        """Return the segments of an input [rows, length]; outside a flight all of it is the default adapter's."""
+        rows, length = shape if len(shape) == 2 else (1, prod(shape))
         if self.flight is None:
-            return [Segment(self.default, 0, tokens)]
-        return self.flight.split(tokens)
+            return [Segment(self.default, 0, rows * length, sequence_lengths=(length,) * rows)]
+        return self.flight.split(rows, length)
 
     @contextmanager
     def use(self, flight: Flight) -> Iterator[None]:

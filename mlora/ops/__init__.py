@@ -6,9 +6,18 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "dora": ("dora_norm", "rescale", "squared_row_norms"),
     "random": ("dropout", "fold", "jitter", "stable_hash", "stream_keys"),
     "lowrank": ("expand", "low_rank", "reduce", "select_expert"),
-    "routing": ("balance_loss", "router_logits", "top_k_routing"),
+    "routing": (
+        "balance_loss",
+        "multi_hot",
+        "router_logits",
+        "switch_routing",
+        "top_k_routing",
+        "top_p_routing",
+        "z_loss",
+    ),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -23,20 +23,62 @@ def top_k_routing(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return probabilities / probabilities.sum(-1, keepdim=True), experts
 
 
-def balance_loss(logits: Sequence[Tensor], top_k: int) -> Tensor:
-    """Return E * sum_{j,i} f_{j,i} P_i over all routers and tokens together; uniform routing gives k.
+def top_p_routing(logits: Tensor, top_p: float, temperature: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return (weights, experts), each [n, E], the most probable first.
 
-    f_{j,i} is the share of tokens whose j-th choice is expert i, P_i the mean probability of expert i. This is the
-    load balancing loss of Switch Transformers (https://arxiv.org/abs/2101.03961, eq. 4) for k choices, as Mixtral
-    in transformers computes it.
+    Experts are kept up to and including the first at which the running sum of probabilities exceeds top_p, all where
+    it never does; the others weigh 0. Weights are the probabilities, not made to sum to one.
 
     Args:
-        logits: [n, E] float32 of each router, real tokens only.
-        top_k: k.
+        logits: [n, E].
+        top_p: in (0, 1].
+        temperature: where positive, divides the probabilities (not the logits: so the public predecessor reads it,
+            and adapters trained with it depend on that).
     """
-    probabilities = torch.cat(list(logits)).softmax(-1)
-    tokens, num_experts = probabilities.shape
-    if tokens == 0:
+    probabilities = logits.softmax(-1)
+    if temperature > 0:
+        probabilities = probabilities / temperature
+    ranked, experts = probabilities.sort(dim=-1, descending=True)
+    before = F.pad(ranked.cumsum(-1)[:, :-1], (1, 0))
+    return torch.where(before <= top_p, ranked, 0), experts
+
+
+def switch_routing(logits: Tensor, capacity: int, sequence_lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (weights [n], experts [n], overflow [n]): the most probable expert and its probability.
+
+    Within one sequence, tokens beyond `capacity` for their expert, in order, overflow.
+    """
+    weights, experts = logits.softmax(-1).max(-1)
+    chosen = F.one_hot(experts, logits.shape[-1])
+    total = chosen.cumsum(0)
+    lengths = torch.tensor(sequence_lengths, device=logits.device)
+    starts = lengths.cumsum(0) - lengths
+    before = torch.cat([torch.zeros_like(total[:1]), total])[starts].repeat_interleave(lengths, 0)
+    place = ((total - before) * chosen).sum(-1)
+    return weights, experts, place > capacity
+
+
+def multi_hot(weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
+    """Return [n, E]: 1 where an expert computes a token, from its weights (0: it does not) and experts [n, k]."""
+    return weights.new_zeros(len(experts), num_experts).scatter(1, experts, (weights > 0).to(weights.dtype))
+
+
+def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
+    """Return E * sum_i f_i P_i; k when all experts are used alike, each token by k of them.
+
+    f_i is the share of tokens that chose expert i, at whichever rank, P_i the mean probability of expert i. This is
+    the load balancing loss of Switch Transformers (https://arxiv.org/abs/2101.03961, eq. 4) for any number of
+    choices, as Mixtral in transformers computes it.
+
+    Args:
+        probabilities: [n, E], of real tokens, all routers together.
+        chosen: [n, E], 1 where chosen; no gradient flows through it.
+    """
+    if len(probabilities) == 0:
         return probabilities.sum()
-    chosen = F.one_hot(probabilities.topk(top_k, dim=-1).indices, num_experts).sum((0, 1)) / tokens
-    return num_experts * (chosen * probabilities.mean(0)).sum()
+    return probabilities.shape[-1] * (chosen.to(probabilities.dtype).mean(0) * probabilities.mean(0)).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Return the mean squared log-sum-exp of router logits [n, E] (https://arxiv.org/abs/2202.08906, eq. 5)."""
+    return logits.logsumexp(-1).pow(2).mean() if len(logits) else logits.sum()

@@ -173,7 +173,7 @@ class Run:
             if saved:
                 model.load_adapter(self.folder.adapter(job.name), job.name)
             else:
-                model.add_adapter(job.name, job.method)
+                model.add_adapter(job.name, job.method.for_length(self._cutoff))
 
     def _prepare_folder(self) -> None:
         if self.options.overwrite and not self.options.resume:
