@@ -13,8 +13,8 @@ from mlora.adapters import Segment
 from mlora.config import parse_adapter
 from mlora.model.batch import Batch
 from mlora.model.files import read
-from mlora.model.scope import Flight
 from mlora.model.multi import MultiAdapterModel
+from mlora.model.scope import Flight
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 SCALED_BIAS = {"qwen2-dora", "phi-dora"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -220,6 +221,51 @@ def test_sigterm_saves_a_checkpoint_and_resuming_ends_in_the_same_bits(here: Pat
         files = [here / run / "adapters" / name / "adapter_model.safetensors" for run in ("straight", "broken")]
         assert files[0].read_bytes() == files[1].read_bytes(), name
     assert losses(here / "straight") == losses(here / "broken")
+
+
+def evaluations(folder: Path, key: str) -> list[float]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry[key] for entry in entries if key in entry]
+
+
+@pytest.mark.parametrize("held_out", [{"val_set_size": 8}, {"eval_data": "data/boolq/validation.jsonl"}])
+def test_the_best_state_by_held_out_loss_is_kept(here: Path, base: Path, held_out: dict) -> None:
+    write_config(adapter("a", num_epochs=8, lr=3.0, **held_out))  # a rate at which training falls apart
+    assert main(RunOptions(str(base), dir="out")) == 0
+    found = evaluations(here / "out", "eval_loss")
+    assert len(found) == 8 and min(found) < found[-1]
+    best = (here / "out/checkpoints/a/best/adapter_model.safetensors").read_bytes()
+    assert (here / "out/adapters/a/adapter_model.safetensors").read_bytes() == best
+    assert len(losses(here / "out")["a"]) == 8 * (2 if "val_set_size" in held_out else 3)
+    write_config(adapter("a", num_epochs=8, val_set_size=24))
+    assert main(RunOptions(str(base), dir="other")) == 2
+
+
+def test_evaluate_steps_scores_during_training(here: Path, base: Path) -> None:
+    write_config(adapter("a", num_epochs=4, evaluate_steps=5))
+    assert main(RunOptions(str(base))) == 0
+    entries = [json.loads(line) for line in Path("metrics.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["task"]) for e in entries if "task" in e] == [(5, "boolq"), (10, "boolq")]
+
+
+def test_overwriting_starts_the_metrics_of_an_adapter_anew(here: Path, base: Path) -> None:
+    write_config(adapter("a", num_epochs=1), adapter("b", num_epochs=1))
+    assert main(RunOptions(str(base))) == 0
+    write_config(adapter("b", num_epochs=2))
+    assert main(RunOptions(str(base), overwrite=True)) == 0
+    assert {name: len(values) for name, values in losses(here).items()} == {"a": 3, "b": 6}
+
+
+def test_inference_answers_every_line_with_every_adapter(
+    here: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(adapter("a", num_epochs=1), adapter("b", num_epochs=1, **MIXTURE), inference_lora_simultaneously_num=1)
+    assert main(RunOptions(str(base))) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is m-LoRA?\nAnd then?\n\nnever read\n"))
+    capsys.readouterr()
+    assert main(RunOptions(str(base), inference=True)) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("a: ", "b: "))]
+    assert len(lines) >= 4
 
 
 SEED_ADAPTER = {

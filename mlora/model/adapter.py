@@ -13,7 +13,6 @@ from mlora import ops
 from mlora.adapters import BlockSite, Init, LinearSite, Method
 from mlora.model.errors import ModelError
 
-
 log = logging.getLogger(__name__)
 
 

@@ -80,6 +80,7 @@ class MultiAdapterModel(nn.Module):
         revision: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 42,
+        sliding_window: bool = False,
     ) -> MultiAdapterModel:
         """Load a base model, frozen.
 
@@ -92,6 +93,8 @@ class MultiAdapterModel(nn.Module):
             revision: of the hub repository.
             trust_remote_code: let code from the repository run.
             seed: of initial adapter values and of dropout.
+            sliding_window: turn on the window of families that have one switched off (qwen2); a window that the
+                model's config has on stays on either way.
 
         Raises:
             ModelError: it cannot be loaded or wrapped; the message says what to do.
@@ -101,6 +104,8 @@ class MultiAdapterModel(nn.Module):
             raise ModelError(f"dtype: {dtype!r} is not allowed; allowed: 'float32', 'bfloat16', 'float16'")
         origin = load.find(name_or_path, revision, trust_remote_code)
         config = load.load_config(origin)
+        if sliding_window and hasattr(config, "use_sliding_window"):
+            config.use_sliding_window = True
         model = load.load_model(origin, config, kind, device, quantization, attn_implementation or PACKED)
         multi = cls(model, origin, seed)
         multi.check_packing()

@@ -188,7 +188,7 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
             else:
                 plain[f"{index}.{name}"] = value
     tensors |= {f"gradient.{i}": g.detach().cpu().contiguous() for i, g in enumerate(state["gradients"])}
-    kept = {key: state[key] for key in ("step", "micro_step", "measured", "schedule")}
+    kept = {key: state[key] for key in ("step", "micro_step", "best_loss", "measured", "schedule")}
     return tensors, kept | {"plain": plain, "groups": state["optimizer"]["param_groups"]}
 
 

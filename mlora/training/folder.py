@@ -99,6 +99,15 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def forget_steps(self, adapter: str, after: int) -> None:
+        """Drop an adapter's lines of later steps from metrics.jsonl, those of a run that is done again from there."""
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if not _is_later(line, adapter, after)]
+        if len(kept) < len(lines):
+            write_atomically(self.metrics, "".join(kept))
+
     def log_evaluation(self, adapter: str, step: int, result: dict[str, Any]) -> None:
         """Append a result that was measured during training to metrics.jsonl."""
         self.log_step(adapter, step, {key: result[key] for key in ("task", "metric", "value", "standard_error", "n")})
@@ -112,6 +121,15 @@ class RunFolder:
         same = ("adapter", "task", "metric")
         kept = [r for r in self.read_results() if any(r.get(key) != result.get(key) for key in same)]
         write_json(self.results, [*kept, result])
+
+
+def _is_later(line: str, adapter: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl is of a later step of the adapter, or broken off by a crash."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return True
+    return bool(entry["adapter"] == adapter and entry["step"] > step)
 
 
 def _refusal(what: str, message: str) -> ConfigError:

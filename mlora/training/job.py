@@ -20,6 +20,7 @@ from mlora.data import Sample, epoch_order
 from mlora.model.batch import IGNORED, Row
 from mlora.model.errors import ModelError
 from mlora.model.multi import AdapterOutput, MultiAdapterModel
+from mlora.training.heldout import HeldOut
 
 
 class Job:
@@ -30,12 +31,21 @@ class Job:
         samples: its training rows.
         model: that holds the adapter under the config's name.
         seed: of the run; with the adapter's name and the epoch it fixes the order of rows.
+        held_out: rows that decide which state of the adapter is kept; None keeps the last.
     """
 
-    def __init__(self, config: JobConfig, samples: Sequence[Sample], model: MultiAdapterModel, seed: int) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        samples: Sequence[Sample],
+        model: MultiAdapterModel,
+        seed: int,
+        held_out: HeldOut | None = None,
+    ) -> None:
         self.config, self.name, self.samples, self.seed = config, config.name, samples, seed
         self.steps_per_epoch = math.ceil(len(samples) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.num_epochs
+        self.held_out, self.best_loss = held_out, math.inf
         self.step = self.micro_step = 0
         named = model.adapter_parameters(self.name)
         self.parameters = [parameter for _, parameter in named]
@@ -49,6 +59,11 @@ class Job:
     def done(self) -> bool:
         """Whether every step of every epoch is taken."""
         return self.step >= self.total_steps
+
+    @property
+    def examined(self) -> bool:
+        """Whether the step just taken is one to evaluate after: every `evaluate_steps`, else at the end of an epoch."""
+        return self.done or self.step % (self.config.evaluate_steps or self.steps_per_epoch) == 0
 
     @property
     def epoch(self) -> int:
@@ -122,6 +137,7 @@ class Job:
         return {
             "step": self.step,
             "micro_step": self.micro_step,
+            "best_loss": self.best_loss,
             "measured": self.measured,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -131,7 +147,7 @@ class Job:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go back to where a checkpoint was made."""
         self.step, self.micro_step, self._step = state["step"], state["micro_step"], None
-        self.measured = state["measured"]
+        self.measured, self.best_loss = state["measured"], state["best_loss"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         for parameter, gradient in zip(self.parameters, state["gradients"], strict=False):

@@ -6,25 +6,35 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from mlora.config import ConfigError, JobConfig, Problem, RunConfig, RunOptions, load_config, resolved
-from mlora.data import DataError, Samples, UnreachableError, load_training_samples, split_paths, task_names
+from mlora.data import (
+    DataError,
+    Sample,
+    Samples,
+    UnreachableError,
+    find_prompt,
+    load_training_samples,
+    split_paths,
+    task_names,
+)
 from mlora.evaluation import Examination, evaluate
-from mlora.model import load
+from mlora.model import files, load
 from mlora.model.errors import ModelError, UnreachableModelError
 from mlora.model.multi import MultiAdapterModel
 from mlora.report.progress import Progress, Rows
 from mlora.report.table import results_table
-from mlora.tasks import UnknownTaskError
+from mlora.tasks import UnknownTaskError, find_task
 from mlora.training import checkpoint
 from mlora.training.folder import RunFolder, command_line, write_json
+from mlora.training.heldout import HeldOut, split
 from mlora.training.job import Job
 from mlora.training.plan import Plan, PlannedJob
 from mlora.training.stop import Stop, Stopped
@@ -107,17 +117,20 @@ class Run:
         _set_determinism(self.options)
         training = not (self.options.evaluate or self.options.inference)
         tokenizer = load.load_tokenizer(self.origin)
-        samples = {job.name: self._samples_of(job, tokenizer) for job in self.config.lora} if training else {}
+        rows = {job.name: self._samples_of(job, tokenizer) for job in self.config.lora} if training else {}
         model = self._load_model()
         model.use_tokenizer(tokenizer)
         self._add_adapters(model)
         if training:
             self._prepare_folder()
-            jobs = [Job(c, samples[c.name], model, self.options.random_seed) for c in self.config.lora]
+            jobs = [self._job(job, rows[job.name], model) for job in self.config.lora]
             self._resume(model, jobs)
-            self._print_plan(model, samples)
+            self._print_plan(model, {job.name: job.samples for job in jobs})
             self._train(model, jobs)
-        self._evaluate(model)
+        if self.options.inference:
+            self._answer(model)
+        else:
+            self._evaluate(model)
 
     # -- before ----------------------------------------------------------------------------------------------------
 
@@ -165,6 +178,7 @@ class Run:
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             seed=options.random_seed,
+            sliding_window=options.sliding_window,
         )
 
     def _add_adapters(self, model: MultiAdapterModel) -> None:
@@ -181,14 +195,38 @@ class Run:
                 shutil.rmtree(self.folder.checkpoints / job.name, ignore_errors=True)
         self.folder.begin(resolved(self.config), command_line(), asdict(self.options))
 
+    def _job(self, config: JobConfig, samples: Samples, model: MultiAdapterModel) -> Job:
+        seed, rows, held_out = self.options.random_seed, list(samples), None
+        if config.eval_data is not None:
+            read = load_training_samples(
+                config.task_name,
+                config.eval_data,
+                model.tokenizer,
+                self._cutoff,
+                split=_held_out_split(config.task_name),
+                prompt=config.prompt,
+                train_on_inputs=config.train_on_inputs,
+                limit=config.limit,
+            )
+            held_out = HeldOut(config.name, read, config.evaluate_batch_size)
+        elif config.val_set_size:
+            if config.val_set_size >= len(rows):
+                raise _bad(f"{config.name}: val_set_size", f"{config.val_set_size} of {len(rows)} rows leaves none")
+            rows, chosen = split(rows, config.val_set_size, seed, config.name)
+            held_out = HeldOut(config.name, chosen, config.evaluate_batch_size)
+        return Job(config, rows, model, seed, held_out)
+
     def _resume(self, model: MultiAdapterModel, jobs: Sequence[Job]) -> None:
         if self.options.resume and checkpoint.restore(self.folder.checkpoints, jobs, model):
             for job in jobs:
                 print(f"{job.name}: goes on after step {job.step} of {job.total_steps}")
+        if not self.options.load_adapter:
+            for job in jobs:
+                self.folder.forget_steps(job.name, job.step)
 
     # -- the plan --------------------------------------------------------------------------------------------------
 
-    def _print_plan(self, model: MultiAdapterModel, samples: dict[str, Samples]) -> None:
+    def _print_plan(self, model: MultiAdapterModel, samples: Mapping[str, Sequence[Sample]]) -> None:
         jobs = [PlannedJob.of(job, samples[job.name], model.num_parameters(job.name)) for job in self.config.lora]
         print(self._plan(model.num_parameters(None), jobs), flush=True)
 
@@ -234,10 +272,10 @@ class Run:
                 for job in stepped:
                     self.folder.log_step(job.name, job.step, job.measured)
                     progress.step(job.name, job.step, job.measured)
+                    if job.examined:
+                        self._examine(model, job)
                     if job.done:
-                        self._save(model, job.name)
-                    elif job.config.evaluate_steps and job.step % job.config.evaluate_steps == 0:
-                        self._evaluate_now(model, job)
+                        self._finish(model, job)
                 due = any(job.done or job.step - saved[job.name] >= self.config.save_step for job in stepped)
                 if due or stop.requested:
                     checkpoint.save(self.folder.checkpoints, jobs, model)
@@ -248,9 +286,49 @@ class Run:
         if stop.requested and not all(job.done for job in jobs):
             raise Stopped("interrupted; a checkpoint is saved: the same command with --resume goes on")
 
-    def _save(self, model: MultiAdapterModel, name: str) -> None:
-        with checkpoint.whole_folder(self.folder.adapter(name)) as folder:
+    def _examine(self, model: MultiAdapterModel, job: Job) -> None:
+        """Measure the held-out loss and keep the adapter where it is the best; score its tasks where asked to."""
+        if job.held_out is not None:
+            loss = job.held_out.loss(model)
+            self.folder.log_step(job.name, job.step, {"eval_loss": loss})
+            if loss < job.best_loss:
+                job.best_loss = loss
+                self._save(model, job.name, self._best(job))
+        if job.config.evaluate_steps and not job.done:
+            for result in evaluate(model, self._examinations(job.config), self._cutoff):
+                self.folder.log_evaluation(job.name, job.step, result.as_dict())
+
+    def _finish(self, model: MultiAdapterModel, job: Job) -> None:
+        """Save an adapter at its end, in its best state where rows were held out."""
+        if job.held_out is not None and self._best(job).exists():
+            _, tensors, _ = files.read(self._best(job), allow_pickle=False)
+            model.restore_adapter(job.name, tensors, str(self._best(job)))
+        self._save(model, job.name, self.folder.adapter(job.name))
+
+    def _best(self, job: Job) -> Path:
+        return self.folder.checkpoints / job.name / "best"
+
+    def _save(self, model: MultiAdapterModel, name: str, place: Path) -> None:
+        with checkpoint.whole_folder(place) as folder:
             model.save_adapter(name, folder)
+
+    # -- answering -------------------------------------------------------------------------------------------------
+
+    def _answer(self, model: MultiAdapterModel) -> None:
+        """Read instructions from standard input, a line each, and print what every adapter answers."""
+        if sys.stdin.isatty():
+            print("one instruction a line; an empty line ends", flush=True)
+        names = [job.name for job in self.config.lora]
+        size = self.config.inference_lora_simultaneously_num or len(names)
+        for line in iter(sys.stdin.readline, ""):
+            if not line.strip():
+                break
+            prompts = [find_prompt(job.prompt).render(line.strip()) for job in self.config.lora]
+            for start in range(0, len(names), size):
+                together = slice(start, start + size)
+                answers = model.generate(prompts[together], names[together], use_cache=self.options.use_cache)
+                for name, answer in zip(names[together], answers, strict=True):
+                    print(f"{name}: {answer.strip()}", flush=True)
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -263,10 +341,6 @@ class Run:
             Examination(job.name, task, path, job.limit, job.evaluate_batch_size)
             for task, path in zip(tasks, paths, strict=True)
         ]
-
-    def _evaluate_now(self, model: MultiAdapterModel, job: Job) -> None:
-        for result in evaluate(model, self._examinations(job.config), self._cutoff):
-            self.folder.log_evaluation(job.name, job.step, result.as_dict())
 
     def _evaluate(self, model: MultiAdapterModel) -> None:
         wanted = [e for job in self.config.lora for e in self._examinations(job)]
@@ -300,6 +374,13 @@ def _set_determinism(options: RunOptions) -> None:
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def _held_out_split(task_name: str) -> Literal["validation", "test"]:
+    """Return which split of `eval_data` to read: a folder's validation file, or what a task without one is scored on."""
+    if task_name == CASUAL or all(find_task(name).source.validation for name in task_names(task_name)):
+        return "validation"
+    return "test"
 
 
 def _unless_unreachable(read: Callable[[], Any], what: str, notes: list[str]) -> Any:
