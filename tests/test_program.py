@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -228,16 +229,20 @@ def evaluations(folder: Path, key: str) -> list[float]:
     return [entry[key] for entry in entries if key in entry]
 
 
-@pytest.mark.parametrize("held_out", [{"val_set_size": 8}, {"eval_data": "data/boolq/validation.jsonl"}])
+@pytest.mark.parametrize("held_out", [{"val_set_size": 8}, {"eval_data": "other.json"}])
 def test_the_best_state_by_held_out_loss_is_kept(here: Path, base: Path, held_out: dict) -> None:
-    write_config(adapter("a", num_epochs=8, lr=3.0, **held_out))  # a rate at which training falls apart
+    draw = random.Random(0)  # nothing to learn but the rows themselves: the loss on others must rise
+    for file, count in (("noise.json", 24), ("other.json", 8)):
+        texts = ["".join(draw.choices("abcdefgh", k=12)) for _ in range(count)]
+        Path(file).write_text(json.dumps([{"instruction": "Go", "input": "", "output": t} for t in texts]))
+    write_config(adapter("a", task_name="casual", data="noise.json", num_epochs=8, lr=0.05, **held_out))
     assert main(RunOptions(str(base), dir="out")) == 0
     found = evaluations(here / "out", "eval_loss")
     assert len(found) == 8 and min(found) < found[-1]
     best = (here / "out/checkpoints/a/best/adapter_model.safetensors").read_bytes()
     assert (here / "out/adapters/a/adapter_model.safetensors").read_bytes() == best
     assert len(losses(here / "out")["a"]) == 8 * (2 if "val_set_size" in held_out else 3)
-    write_config(adapter("a", num_epochs=8, val_set_size=24))
+    write_config(adapter("a", val_set_size=24))
     assert main(RunOptions(str(base), dir="other")) == 2
 
 
