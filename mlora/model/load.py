@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,7 @@ def load_model(
         quantization: None, "4bit" (nf4, double quantisation) or "8bit", by bitsandbytes.
         attention: transformers' name of an attention implementation.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     keywords = origin.keywords | {"config": config, "dtype": dtype, "attn_implementation": attention}
@@ -122,7 +124,13 @@ def load_model(
         model: Any = AutoModelForCausalLM.from_pretrained(origin.folder, **keywords)
     if quantization is None:
         model = model.to(device)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.is_floating_point():
+            # In evaluation mode bitsandbytes repacks weights on some CPUs for a kernel that has no backward, and
+            # gradients to the layers below would be silently wrong. The flag changes nothing else of a linear layer.
+            module.training = True
+    return model
 
 
 def load_tokenizer(origin: Origin) -> PreTrainedTokenizerBase:
@@ -138,6 +146,8 @@ def _quantization(bits: str, dtype: torch.dtype) -> Any:
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("--quantize needs bitsandbytes: pip install 'mlora[quant]'")
+    # its int8 layers say at every call that float32 inputs are cast
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     if bits == "4bit":

@@ -7,6 +7,7 @@ company and resumes exactly.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -189,10 +190,10 @@ def build_optimizer(config: JobConfig, method: Any, named: list[tuple[str, nn.Pa
         return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=decay)
     if config.optim == "adamw8bit":
         try:
-            import bitsandbytes
+            bnb: Any = importlib.import_module("bitsandbytes.optim")
         except ImportError as error:
             raise ModelError("optim: 'adamw8bit' needs bitsandbytes: pip install 'mlora[quant]'") from error
-        return bitsandbytes.optim.AdamW8bit(params, lr=config.lr, weight_decay=decay)
+        return bnb.AdamW8bit(params, lr=config.lr, weight_decay=decay)
     return torch.optim.AdamW(params, lr=config.lr, weight_decay=decay, fused=True)
 
 

@@ -377,7 +377,7 @@ def _set_determinism(options: RunOptions) -> None:
 
 
 def _held_out_split(task_name: str) -> Literal["validation", "test"]:
-    """Return which split of `eval_data` to read: a folder's validation file, or what a task without one is scored on."""
+    """Return which split of `eval_data` to read: validation, or what the tasks are scored on where one has none."""
     if task_name == CASUAL or all(find_task(name).source.validation for name in task_names(task_name)):
         return "validation"
     return "test"

@@ -1,0 +1,95 @@
+"""Adapters on a base model quantised by bitsandbytes: PEFT on the same base, live, values and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlora import Batch, MultiAdapterModel
+from mlora.model import load
+from mlora.model.attention import PACKED
+from mlora.ops.dora import frozen_weight
+from tests import tinybase
+from tests.families import awaken, rows
+
+pytest.importorskip("bitsandbytes", reason="needs the extra 'quant'")
+peft = pytest.importorskip("peft")
+
+METHODS = {
+    "lora": {"r": 4},
+    "dora": {"r": 4, "use_dora": True},
+    "mixlora": {"r": 4, "routing_strategy": "mixlora", "num_experts": 4},
+    "mixdora": {"r": 4, "routing_strategy": "mixlora", "num_experts": 4, "use_dora": True},
+    "switch": {"r": 4, "routing_strategy": "mixlora-switch", "num_experts": 4},
+    "mola": {"r": 4, "routing_strategy": "mola", "num_experts": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tinybase.save(tmp_path_factory.mktemp("base") / "tiny", hidden_size=64, intermediate_size=128)
+
+
+def file_name(name: str) -> str:
+    """Return the name in a file of one of PEFT's parameters."""
+    name = name.replace(".default", "")
+    return name.removesuffix(".weight") if "magnitude" in name else name
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_agrees_with_peft(base: Path, bits: str, use_dora: bool, tmp_path: Path) -> None:
+    model = MultiAdapterModel.from_pretrained(str(base), quantization=bits)
+    model.add_adapter("x", {"r": 4, "lora_alpha": 6, "use_dora": use_dora})
+    awaken(model)
+    model.save_adapter("x", tmp_path)
+    origin = load.find(str(base))
+    frozen = load.load_model(origin, load.load_config(origin), torch.float32, "cpu", bits, PACKED)
+    theirs = peft.PeftModel.from_pretrained(frozen, tmp_path, is_trainable=True)
+    ids, mask = rows(1, length=12, seed=4)
+    out = model(Batch.from_rows(ids, mask, None, ["x"]))["x"]
+    out.loss.backward()
+    ids = ids[mask.bool()][None]
+    result = theirs(input_ids=ids, labels=ids, use_cache=False)
+    result.loss.backward()
+    assert out.loss.item() == pytest.approx(result.loss.item(), rel=1e-5)
+    gradients = model.adapter_gradients("x")
+    expected = {file_name(n): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    assert gradients.keys() == expected.keys()
+    # int8 rounds activations to 8 bits: a difference in the last bit of a float can move one to the next level
+    tolerance = 1e-4 if bits == "4bit" else 2e-2
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).abs().max() <= tolerance * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nf4_equals_its_dequantised_weights(base: Path, name: str) -> None:
+    """The gradient passes through frozen 4-bit layers as through the float layers that they stand for."""
+    quantised = MultiAdapterModel.from_pretrained(str(base), quantization="4bit")
+    plain = MultiAdapterModel.from_pretrained(str(base))
+    for path, site in quantised.sites.linears.items():
+        plain.sites.linears[path].module.weight.data.copy_(frozen_weight(site.module))
+    ids, mask = rows(4)
+    found = []
+    for model in (quantised, plain):
+        model.add_adapter("x", METHODS[name])
+        awaken(model)
+        out = model(Batch.from_rows(ids, mask, None, ["x"] * 4))["x"]
+        (out.loss + out.aux_loss).backward()
+        found.append((out.loss.item(), model.adapter_gradients("x")))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for key, gradient in found[1][1].items():
+        assert (found[0][1][key] - gradient).abs().max() <= 1e-4 * max(gradient.abs().max(), 1e-4), key
+
+
+def test_int8_trains_and_starts_unchanged(base: Path) -> None:
+    model = MultiAdapterModel.from_pretrained(str(base), quantization="8bit")
+    ids, mask = rows(6)
+    before = model.logits(ids, mask, [None] * 6)
+    for name in ("lora", "dora", "mixlora", "mola"):
+        model.add_adapter(name, METHODS[name])
+        after = model.logits(ids, mask, [name] * 6)
+        # DoRA divides by norms of dequantised weights, the product is the quantised one: equal to rounding
+        assert (after - before)[mask.bool()].abs().max() < 1e-5
