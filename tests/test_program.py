@@ -33,10 +33,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from mlora.data.demo import write_demo_data
 
     monkeypatch.chdir(tmp_path)
-    write_demo_data(tmp_path / "data")
-    for file in (tmp_path / "data").rglob("*.jsonl"):
-        keep = 24 if file.stem == "train" else 12
-        file.write_text("".join(file.read_text().splitlines(keepends=True)[:keep]))
+    write_demo_data(tmp_path / "data", train=24, test=12)
+    (tmp_path / "data" / "boolq").mkdir()
+    for split, count in (("train", 24), ("validation", 12)):
+        rows = [{"question": f"is {i} an even number", "answer": i % 2 == 0, "passage": ""} for i in range(count)]
+        (tmp_path / "data" / "boolq" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
 

@@ -1,9 +1,9 @@
 """Two small data sets that the project makes for itself, to show in minutes on a CPU that training works.
 
-boolq asks whether a thing is an animal (BoolQ's columns, scored by letters): an untrained small model knows animals but
-gives every question the same answer, so it is right half the time. arc_easy asks for the "florn" among four things
-(ARC's columns, scored by log-likelihood): the word is made up for vehicles, so an untrained model can only guess.
-Held-out rows name things that no training row names, so what they measure is the rule and not the rows.
+Both make up a word: arc_easy (ARC's columns) asks which of four things is a "florn", openbookqa (OpenBookQA's columns)
+what "zindle" is another word for. A florn is any vehicle and a zindle any garment, so a model that was not trained on
+that can only guess. Held-out rows name things that no training row names: what they measure is the rule, not the rows.
+Both are scored by log-likelihood, since a model of 135M parameters is at chance with letters.
 """
 
 from __future__ import annotations
@@ -56,60 +56,55 @@ THINGS = {
         taxi trolley tractor trailer train tram tricycle truck van wagon yacht
     """,
 }
-ANIMAL_QUESTIONS = ("is a {} an animal", "is the {} a kind of animal", "would you call a {} an animal")
 FLORN_QUESTION = "Which of these is a florn?"
+ZINDLE_QUESTION = "Another word for zindle is"
 
 Rows = list[dict[str, Any]]
 
 
-def write_demo_data(folder: str | Path, seed: int = 0) -> dict[str, list[Path]]:
+def write_demo_data(folder: str | Path, seed: int = 0, train: int = 640, test: int = 120) -> dict[str, list[Path]]:
     """Write both data sets as files that `--data_path FOLDER` finds, the same for the same seed.
 
     Args:
-        folder: gets boolq/{train,validation}.jsonl and arc_easy/{train,test}.jsonl.
+        folder: gets arc_easy/{train,test}.jsonl and openbookqa/{train,test}.jsonl.
         seed: which things are held out, and the order.
+        train: training rows of each.
+        test: held-out rows of each.
 
     Returns:
-        The files of each task. No word of an evaluation row occurs in a training row.
+        The files of each task. No thing that an evaluation row names occurs in a training row.
     """
     generator = random.Random(seed)
-    train, held_out = _split_things(generator)
-    written = {
-        "boolq": {"train": animal_rows(generator, train), "validation": animal_rows(generator, held_out)},
-        "arc_easy": {"train": florn_rows(generator, train, 600), "test": florn_rows(generator, held_out, 200)},
-    }
-    return {
-        task: [_write(Path(folder) / task / f"{split}.jsonl", rows) for split, rows in splits.items()]
-        for task, splits in written.items()
-    }
-
-
-def animal_rows(generator: random.Random, things: Mapping[str, list[str]]) -> Rows:
-    """Return yes-or-no questions in BoolQ's columns: every animal, and as many other things."""
-    animals = things["animal"]
-    others = [name for kind, names in things.items() if kind != "animal" for name in names]
-    rows: Rows = []
-    for question in ANIMAL_QUESTIONS:
-        rows += [{"question": question.format(name), "answer": True, "passage": ""} for name in animals]
-        rows += [
-            {"question": question.format(name), "answer": False, "passage": ""}
-            for name in generator.sample(others, len(animals))
-        ]
-    generator.shuffle(rows)
-    return rows
+    known, held_out = _split_things(generator)
+    files: dict[str, list[Path]] = {}
+    for task, make in (("arc_easy", florn_rows), ("openbookqa", zindle_rows)):
+        splits = {"train": make(generator, known, train), "test": make(generator, held_out, test)}
+        files[task] = [_write(Path(folder) / task / f"{split}.jsonl", rows) for split, rows in splits.items()]
+    return files
 
 
 def florn_rows(generator: random.Random, things: Mapping[str, list[str]], count: int) -> Rows:
-    """Return four-choice questions in ARC's columns: a vehicle among three things of other kinds."""
-    kinds = [kind for kind in things if kind != "vehicle"]
-    rows: Rows = []
+    """Return questions in ARC's columns whose right answer is a vehicle."""
+    return [{"question": FLORN_QUESTION} | row for row in _odd_one(generator, things, "vehicle", "florn", count)]
+
+
+def zindle_rows(generator: random.Random, things: Mapping[str, list[str]], count: int) -> Rows:
+    """Return questions in OpenBookQA's columns whose right answer is a garment."""
+    return [
+        {"question_stem": ZINDLE_QUESTION} | row for row in _odd_one(generator, things, "clothing", "zindle", count)
+    ]
+
+
+def _odd_one(
+    generator: random.Random, things: Mapping[str, list[str]], kind: str, word: str, count: int
+) -> Iterable[dict[str, Any]]:
+    """Yield choices of one thing of a kind among three of other kinds, and which it is."""
+    others = [other for other in things if other != kind]
     for number in range(count):
-        chosen = ["vehicle", *generator.sample(kinds, 3)]
+        chosen = [kind, *generator.sample(others, 3)]
         generator.shuffle(chosen)
-        choices = {"text": [generator.choice(things[kind]) for kind in chosen], "label": list("ABCD")}
-        answer = "ABCD"[chosen.index("vehicle")]
-        rows.append({"id": f"florn-{number}", "question": FLORN_QUESTION, "choices": choices, "answerKey": answer})
-    return rows
+        choices = {"text": [generator.choice(things[k]) for k in chosen], "label": list("ABCD")}
+        yield {"id": f"{word}-{number}", "choices": choices, "answerKey": "ABCD"[chosen.index(kind)]}
 
 
 def _split_things(generator: random.Random) -> tuple[dict[str, list[str]], dict[str, list[str]]]:

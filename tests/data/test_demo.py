@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from mlora.data import load_questions
 from mlora.data.demo import THINGS, write_demo_data
 from mlora.data.sources import task_rows
@@ -22,26 +24,27 @@ def words(folder: Path, task: str, split: str) -> set[str]:
 def test_no_thing_of_an_evaluation_row_is_in_a_training_row(tmp_path: Path) -> None:
     written = write_demo_data(tmp_path)
     assert {path.relative_to(tmp_path).as_posix() for files in written.values() for path in files} == {
-        "boolq/train.jsonl",
-        "boolq/validation.jsonl",
+        "openbookqa/train.jsonl",
+        "openbookqa/test.jsonl",
         "arc_easy/train.jsonl",
         "arc_easy/test.jsonl",
     }
-    seen = words(tmp_path, "boolq", "train") | words(tmp_path, "arc_easy", "train")
-    held_out = words(tmp_path, "boolq", "test") | words(tmp_path, "arc_easy", "test")
+    seen = words(tmp_path, "openbookqa", "train") | words(tmp_path, "arc_easy", "train")
+    held_out = words(tmp_path, "openbookqa", "test") | words(tmp_path, "arc_easy", "test")
     assert seen
     assert held_out
     assert not seen & held_out
 
 
-def test_guessing_is_right_at_chance(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("task", "kind"), [("arc_easy", "vehicle"), ("openbookqa", "clothing")])
+def test_the_rule_decides_and_guessing_is_right_at_chance(tmp_path: Path, task: str, kind: str) -> None:
     write_demo_data(tmp_path)
-    boolq = load_questions("boolq", str(tmp_path))
-    assert len(boolq) >= 100
-    assert sum(question.answer for question in boolq) * 2 == len(boolq)
-    arc = load_questions("arc_easy", str(tmp_path))
-    assert len(arc) == 200
-    assert all(30 <= [question.answer for question in arc].count(i) <= 70 for i in range(4))
+    questions = load_questions(task, str(tmp_path))
+    assert len(questions) == 120
+    for question in questions:
+        right = [choice.strip() in THINGS[kind].split() for choice in question.choices]
+        assert right == [number == question.answer for number in range(4)]
+    assert all(15 <= [question.answer for question in questions].count(i) <= 45 for i in range(4))
 
 
 def test_the_same_seed_writes_the_same_files(tmp_path: Path) -> None:
