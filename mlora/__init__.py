@@ -12,9 +12,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Batch": "mlora.model.batch",
+    "MixLoraModelForCausalLM": "mlora.model.integration",
     "MultiAdapterModel": "mlora.model.multi",
 }
-__all__ = ["Batch", "MultiAdapterModel"]
+__all__ = ["Batch", "MixLoraModelForCausalLM", "MultiAdapterModel"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mlora.config import RunOptions
+from mlora.model import card
 from mlora.training.program import main
 from tests import tinybase
 
@@ -93,7 +94,11 @@ def test_a_whole_run(here: Path, base: Path, capsys: pytest.CaptureFixture[str])
     assert all(r["n"] == 12 and r["limit"] is None for r in results)
     assert "likelihood  arc_easy  acc_norm" in shown and "±" in shown
     for name in ("plain", "mixture", "likelihood"):
-        assert {p.name for p in Path(name).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        written = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+        assert {p.name for p in Path(name).iterdir()} == written
+        front, text = card.read(Path(name))
+        assert front["base_model"] == "tiny" and front["datasets"] == ["data"] and front["model-index"]
+        assert str(base.parent) not in text and str(here) not in text and "Seed 42" in text
     assert {"config.json", "environment.json", "mlora.log"} <= {p.name for p in here.iterdir()}
 
     before = {(r["adapter"], r["metric"]): r["value"] for r in results}

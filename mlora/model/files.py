@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlora.adapters import METHODS, Method
+from mlora.model import card
 from mlora.model.errors import AdapterFileError
 
 CONFIG = "adapter_config.json"
@@ -22,8 +29,39 @@ PICKLE = "adapter_model.bin"
 log = logging.getLogger(__name__)
 
 
-def write(folder: Path, method: Method, tensors: dict[str, Tensor], base_model: str, revision: str | None) -> None:
-    """Write an adapter folder.
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `path` when the block ends well, and vanishes when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        old = None
+        if path.exists():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            os.rename(path, old / path.name)
+        os.rename(temporary, path)
+        _sync(path.parent)
+        if old is not None:
+            shutil.rmtree(old)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write(
+    folder: Path,
+    method: Method,
+    tensors: dict[str, Tensor],
+    base_model: str,
+    revision: str | None,
+    name: str | None = None,
+    making: card.Making | None = None,
+) -> None:
+    """Write an adapter folder and its model card.
 
     Args:
         folder: made where absent.
@@ -31,11 +69,14 @@ def write(folder: Path, method: Method, tensors: dict[str, Tensor], base_model: 
         tensors: named as in the file.
         base_model: name or path as the user gave it.
         revision: of the base model's repository.
+        name: of the adapter, for the card; None for the folder's.
+        making: how it was trained, for the card.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = _to_file(method, tensors) | {"base_model_name_or_path": base_model, "revision": revision}
     save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    card.write_for_adapter(folder, name, method, base_model, making)
 
 
 def read(folder: Path, allow_pickle: bool) -> tuple[Method, dict[str, Tensor], str | None]:
@@ -47,6 +88,16 @@ def read(folder: Path, allow_pickle: bool) -> tuple[Method, dict[str, Tensor], s
     config = _read_json(folder)
     tensors = _read_tensors(folder, allow_pickle)
     return _from_file(config, folder / CONFIG), tensors, config.get("base_model_name_or_path")
+
+
+def base_model(folder: Path) -> tuple[str | None, str | None]:
+    """Return the base model that an adapter folder names, and its revision.
+
+    Raises:
+        AdapterFileError: the folder is no adapter's.
+    """
+    config = _read_json(folder)
+    return config.get("base_model_name_or_path"), config.get("revision")
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
@@ -84,7 +135,21 @@ def _read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
         raise AdapterFileError(f"{path}: is not a file of plain tensors") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise AdapterFileError(f"{path}: is not a mapping of names to tensors")
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+    return {_name_of_today(name): tensor.detach() for name, tensor in tensors.items()}
+
+
+_RENAMED = (
+    (re.compile(r"^mixlora\.layers\.(\d+)\.gate\.weight$"), r"mixlora.layers.\1.mlp.moe_gate.weight"),
+    (re.compile(r"^mixlora\.layers\.(\d+)\.experts\.(\d+)\.(\w+)\."), r"mixlora.layers.\1.mlp.\3.experts.\2."),
+    (re.compile(r"\.self_attn\.((?:gate|up|down|gate_up)_proj|fc1|fc2)\.lora_"), r".mlp.\1.lora_"),
+)
+"""Names of m-LoRA 0.3.2, which counted experts above the projections and put all plain LoRA under the attention."""
+
+
+def _name_of_today(name: str) -> str:
+    for pattern, today in _RENAMED:
+        name = pattern.sub(today, name)
+    return name
 
 
 def _to_file(method: Method, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -150,3 +215,11 @@ def _first_problem(error: ValueError) -> str:
         return str(error)
     problem = error.errors()[0]
     return f"{'.'.join(map(str, problem['loc']))}: {problem['input']!r}: {problem['msg']}"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

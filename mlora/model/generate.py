@@ -21,7 +21,7 @@ def row_flight(adapters: Sequence[str | None]) -> tuple[list[int], Flight]:
     segments, start = [], 0
     for name in names:
         count = list(adapters).count(name)
-        segments.append(Segment(name, start, start + count))
+        segments.append(Segment(name, start, start + count, sequence_lengths=(1,) * count))  # where a row is a token
         start += count
     return order, Flight(segments)
 

@@ -217,6 +217,12 @@ class Sites:
         for path, block in self.blocks.items():
             _replace(self.model, path, AdaptedBlock(self.model.get_submodule(path), block, scope, adapters))
 
+    def unwrap(self) -> None:
+        """Take the wrappers away again, so that the model's own names are back."""
+        for path in (*self.blocks, *self.linears):
+            wrapper: Any = self.model.get_submodule(path)
+            _replace(self.model, path, wrapper.frozen)
+
 
 def _layer_of(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)

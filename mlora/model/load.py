@@ -88,12 +88,22 @@ def _packaged(name: str) -> Origin:
     return Origin(name, str(folder), next(folder.glob("*.gguf")).name)
 
 
-def load_config(origin: Origin) -> PreTrainedConfig:
-    """Read the base model's config without its weights."""
+def published(name: str) -> str:
+    """Return the hub id of a packaged model, which other programs know it by; any other name as it is."""
+    return PACKAGED[name][1] if name in PACKAGED else name
+
+
+def read_config(origin: Origin) -> PreTrainedConfig:
+    """Read the base model's config without its weights, as it was written."""
     from transformers import AutoConfig
 
     with _explained(origin):
-        config = AutoConfig.from_pretrained(origin.folder, **origin.keywords)
+        return AutoConfig.from_pretrained(origin.folder, **origin.keywords)
+
+
+def load_config(origin: Origin) -> PreTrainedConfig:
+    """Read the base model's config without its weights, dropout turned off."""
+    config = read_config(origin)
     for owner in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in list(vars(owner).items()):
             if isinstance(value, float) and ("dropout" in name or name.endswith(("_pdrop", "_dropout_prob"))):
@@ -131,6 +141,25 @@ def load_model(
             # gradients to the layers below would be silently wrong. The flag changes nothing else of a linear layer.
             module.training = True
     return model
+
+
+def load_as_asked(origin: Origin, *arguments: Any, **keywords: Any) -> PreTrainedModel:
+    """Load the weights as transformers' `from_pretrained` would with these arguments, frozen, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    with _explained(origin):
+        model: Any = AutoModelForCausalLM.from_pretrained(origin.folder, *arguments, **origin.keywords | keywords)
+    return model.requires_grad_(False).eval()
+
+
+def load_shapes(origin: Origin) -> PreTrainedModel:
+    """Build the model without weights, to see what fits it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(origin)
+    with _explained(origin), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=origin.trust_remote_code)
 
 
 def load_tokenizer(origin: Origin) -> PreTrainedTokenizerBase:

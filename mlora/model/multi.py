@@ -21,6 +21,7 @@ from mlora.model import files, load
 from mlora.model.adapter import Adapter
 from mlora.model.attention import PACKED
 from mlora.model.batch import IGNORED, Batch, Row
+from mlora.model.card import Making
 from mlora.model.errors import ModelError
 from mlora.model.inject import Sites
 from mlora.model.recompute import recompute_in_backward
@@ -176,10 +177,16 @@ class MultiAdapterModel(nn.Module):
         """Set an adapter's tensors, all of them, from tensors named as in a file; `source` names it in errors."""
         self._adapter(name).load_file_tensors(tensors, source)
 
-    def save_adapter(self, name: str, path: str | Path) -> None:
-        """Write an adapter to a folder: `adapter_config.json` and `adapter_model.safetensors`."""
-        adapter = self._adapter(name)
-        files.write(Path(path), adapter.method, adapter.file_tensors(), self.origin.given, self.origin.revision)
+    def save_adapter(self, name: str, path: str | Path, making: Making | None = None) -> None:
+        """Write an adapter to a folder: `adapter_config.json`, `adapter_model.safetensors` and a model card.
+
+        Args:
+            name: of the adapter.
+            path: of the folder, made where absent.
+            making: how it was trained, for the card.
+        """
+        adapter, base = self._adapter(name), self.origin
+        files.write(Path(path), adapter.method, adapter.file_tensors(), base.given, base.revision, name, making)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; its memory returns once nothing else refers to its tensors."""

@@ -16,11 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from mlora.model.files import whole_folder
 from mlora.model.multi import MultiAdapterModel
 from mlora.training.job import Job
 
@@ -36,29 +34,6 @@ KEPT = 2
 MANIFEST = "manifest.json"
 
 log = logging.getLogger(__name__)
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of `path` when the block ends well, and vanishes when not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
-        old = None
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.rename(path, old / path.name)
-        os.rename(temporary, path)
-        _sync(path.parent)
-        if old is not None:
-            shutil.rmtree(old)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def save(root: Path, jobs: Sequence[Job], model: MultiAdapterModel) -> None:
@@ -201,11 +176,3 @@ def _unflatten(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> dict[
             moments.setdefault(int(index), {})[name] = value
     optimizer = {"state": moments, "param_groups": state["groups"]}
     return state | {"optimizer": optimizer, "gradients": [gradients[i] for i in sorted(gradients)]}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

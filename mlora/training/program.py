@@ -26,7 +26,7 @@ from mlora.data import (
     task_names,
 )
 from mlora.evaluation import Examination, evaluate
-from mlora.model import files, load
+from mlora.model import card, files, load
 from mlora.model.errors import ModelError, UnreachableModelError
 from mlora.model.multi import MultiAdapterModel
 from mlora.report.progress import Progress, Rows
@@ -309,8 +309,14 @@ class Run:
         return self.folder.checkpoints / job.name / "best"
 
     def _save(self, model: MultiAdapterModel, name: str, place: Path) -> None:
-        with checkpoint.whole_folder(place) as folder:
-            model.save_adapter(name, folder)
+        with files.whole_folder(place) as folder:
+            model.save_adapter(name, folder, self._making(name))
+
+    def _making(self, name: str) -> card.Making:
+        job = next(job for job in self.config.lora if job.name == name)
+        tasks = [] if job.task_name == CASUAL else task_names(job.task_name)
+        data = [find_task(task).source.hub for task in tasks] if job.data is None else job.data.split(";")
+        return card.Making(tuple(data), tuple(command_line()), self.options.random_seed)
 
     # -- answering -------------------------------------------------------------------------------------------------
 
@@ -356,6 +362,8 @@ class Run:
             ):
                 self.folder.add_result(result.as_dict())
                 results.append(result.as_dict())
+        for job in self.config.lora:
+            card.add_results(self.folder.adapter(job.name), [r for r in results if r["adapter"] == job.name])
         if self.config.evaluate_result:
             write_json(Path(self.config.evaluate_result), results)
         print(results_table(results), flush=True)
