@@ -18,6 +18,8 @@ VARIANTS = {
     "mixlora-jitter": METHODS["mixlora"](**SMALL, num_experts=3, top_k=3, jitter_noise=0.1, router_init_range=0.5),
     "mixlora-attention": METHODS["mixlora"](**SMALL, num_experts=4, target_modules="attention", router_init_range=0.5),
     "mixlora-experts": METHODS["mixlora"](**SMALL, num_experts=4, expert_lora={"r": 2, "lora_alpha": 5}),
+    "pissa": METHODS["lora"](**SMALL, lora_init="pissa"),
+    "pissa-rslora": METHODS["lora"](**SMALL, lora_init="pissa", use_rslora=True),
     "dora": METHODS["lora"](**SMALL, use_dora=True),
     "mixdora": METHODS["mixlora"](**SMALL, num_experts=4, use_dora=True, router_init_range=0.5),
     "mixdora-ups": METHODS["mixlora"](**SMALL, num_experts=4, use_dora=True, expert_lora={"use_dora": False}),
@@ -96,7 +98,7 @@ def test_laws(variant: str, family: str, tmp_path) -> None:
 
     model.save_adapter("x", tmp_path / "x")
     model.load_adapter(tmp_path / "x", "copy")
-    assert model.adapters["copy"].model_dump(exclude={"target_modules"}) == method.model_dump(
+    assert model.adapters["copy"].model_dump(exclude={"target_modules"}) == method.as_saved().model_dump(
         exclude={"target_modules"}
     )
     assert torch.equal(model.logits(ids, mask, ["copy"] * 6), model.logits(ids, mask, ["x"] * 6))

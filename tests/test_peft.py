@@ -42,6 +42,38 @@ def test_ours_loads_in_peft_and_agrees(family: str, settings: dict, tmp_path: Pa
         assert (gradients[name] - gradient).abs().max() <= 1e-5 * max(gradient.abs().max(), 1e-3), name
 
 
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_pissa_starts_and_saves_as_in_peft(family: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights="pissa")
+    theirs = peft.get_peft_model(tiny(family).requires_grad_(True), config).eval()
+    model = multi(family)
+    model.add_adapter("x", METHODS["lora"](r=4, lora_alpha=6, lora_init="pissa"))
+    ids, mask = rows(3)
+    out = model(Batch.from_rows(ids, mask, None, ["x"] * 3))["x"]
+    out.loss.backward()
+    result = theirs(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    result.loss.backward()
+    assert out.loss.item() == pytest.approx(result.loss.item(), rel=1e-5)
+    gradients = {
+        n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if "lora_" in n and p.requires_grad
+    }
+    for name, found in model.adapter_gradients("x").items():
+        # the directions are unique up to sign, so compare what is: products with the same sign in A and B
+        own = found[:4] if "lora_A" in name else found[:, :4]
+        assert (own.abs() - gradients[name].abs()).abs().max() <= 1e-4 * gradients[name].abs().max(), name
+        frozen = found[4:] if "lora_A" in name else found[:, 4:]
+        assert (frozen == 0).all()
+
+    for _, parameter in model.adapter_parameters("x"):
+        parameter.data.mul_(1.1)
+    model.save_adapter("x", tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny(family), tmp_path).eval()
+    real = mask.bool()
+    difference = loaded(input_ids=ids, attention_mask=mask).logits - model.logits(ids, mask, ["x"] * 3)
+    assert difference[real].abs().max() < 1e-5
+    assert (model.logits(ids, mask, ["x"] * 3) - model.logits(ids, mask, [None] * 3))[real].abs().max() > 1e-3
+
+
 def test_theirs_loads_here_and_agrees(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     theirs = peft.get_peft_model(tiny("llama"), config).eval()

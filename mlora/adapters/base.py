@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GROUPS = ("all-linear", "attention", "mlp")
 """Groups of linear layers that `target_modules` may name."""
-Distribution = Literal["zeros", "normal", "kaiming", "row_norms"]
+Distribution = Literal["zeros", "normal", "kaiming", "row_norms", "principal_A", "principal_B"]
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -50,15 +50,18 @@ class Init:
     Attributes:
         shape: full shape; a leading expert dimension where `stacked`.
         kind: "zeros", "normal" (standard deviation `scale`), "kaiming" (uniform, negative slope `scale`, fan-in the
-            last dimension), or "row_norms" (of the frozen weight).
+            last dimension), "row_norms" (of the frozen weight), or "principal_A" and "principal_B" (the product of
+            the two, times `scale`, is the frozen weight's best approximation of their rank).
         scale: see `kind`.
         stacked: the first dimension counts experts; files hold one tensor for each.
+        trainable: whether an optimizer sees it.
     """
 
     shape: tuple[int, ...]
     kind: Distribution = "zeros"
     scale: float = 0.0
     stacked: bool = False
+    trainable: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,6 +248,18 @@ class Method(BaseModel):
     def aux_loss(self, router_logits: Sequence[Tensor]) -> Tensor | None:
         """Return the auxiliary loss, coefficients applied, from [tokens, E] logits of every router; None for none."""
         return None
+
+    def as_saved(self) -> Method:
+        """Return the config of what a file holds, where that is not the adapter as it is trained."""
+        return self
+
+    def to_file(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return what a file holds of one site's tensors; `from_file` undoes it."""
+        return dict(tensors)
+
+    def from_file(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return one site's tensors from what a file holds of them."""
+        return dict(tensors)
 
     def learning_rate_scale(self, parameter: str, loraplus_lr_ratio: float) -> float:
         """Return the factor on the learning rate of a tensor by its declared name (LoRA+)."""

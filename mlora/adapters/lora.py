@@ -1,20 +1,24 @@
-"""LoRA, rsLoRA, LoRA+ and DoRA.
+"""LoRA, rsLoRA, LoRA+, DoRA and PiSSA.
 
 LoRA   y = W x + b + s B A d(x), with A [r, D] random, B [O, r] zero, s = lora_alpha / r and d dropout.
 rsLoRA s = lora_alpha / sqrt(r).
 DoRA   y = m * (W x + s B A d(x)) / n + b, m [O] trained and |W|'s row norms at the start, n the row norms of W + s B A.
 LoRA+  a higher learning rate for B.
+PiSSA  y = W x + b + s (B A - B0 A0) d(x), where A and B start at A0 and B0 and s B0 A0 is W's best approximation of
+       rank r: the update trains W's principal directions, and the shared base stays as it is. Saved as a LoRA of
+       rank 2 r, [B, -B0] [A; A0].
 
 https://arxiv.org/abs/2106.09685, https://arxiv.org/abs/2312.03732, https://arxiv.org/abs/2402.09353,
-https://arxiv.org/abs/2402.12354
+https://arxiv.org/abs/2402.12354, https://arxiv.org/abs/2404.02948
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from mlora import ops
 from mlora.adapters.base import Distribution, Init, LinearSite, Method, Segment, Tensors, register, scaling
@@ -34,8 +38,9 @@ class LowRank(Method):
     """Probability of dropping an entry of an update's input in training."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
-    lora_init: Literal["original", "gaussian"] = "original"
-    """Distribution of A at the start: "original" is kaiming uniform with a = sqrt(5), "gaussian" normal(0, 1/r)."""
+    lora_init: Literal["original", "gaussian", "pissa"] = "original"
+    """Distribution of A at the start: "original" is kaiming uniform with a = sqrt(5), "gaussian" normal(0, 1/r);
+    "pissa" starts A and B at the principal directions of the frozen weight."""
 
     @property
     def scaling(self) -> float:
@@ -67,8 +72,20 @@ class LoraConfig(LowRank):
     use_dora: bool = False
     """Train the norms of the updated weight's rows apart from their directions (DoRA)."""
 
+    @field_validator("use_dora")
+    @classmethod
+    def _one_start(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("lora_init") == "pissa":
+            raise ValueError('expected false where lora_init is "pissa"')
+        return value
+
     def low_rank_parameters(self, site: LinearSite, num_experts: int | None = None) -> dict[str, Init]:
         declared = super().low_rank_parameters(site, num_experts)
+        if self.lora_init == "pissa":
+            a = replace(declared["lora_A"], kind="principal_A", scale=self.scaling)
+            b = replace(declared["lora_B"], kind="principal_B", scale=self.scaling)
+            frozen = {"start_A": replace(a, trainable=False), "start_B": replace(b, trainable=False)}
+            return {"lora_A": a, "lora_B": b} | frozen
         if self.use_dora:
             shape = (*declared["lora_B"].shape[:-2], site.out_features)
             declared["lora_magnitude_vector"] = Init(shape, "row_norms", stacked=num_experts is not None)
@@ -76,7 +93,27 @@ class LoraConfig(LowRank):
 
     def linear(self, p: Tensors, x: Tensor, out: Tensor, site: LinearSite, segment: Segment) -> Tensor:
         if not self.use_dora:
-            return super().linear(p, x, out, site, segment)
+            return super().linear(self.to_file(p), x, out, site, segment)
         update = ops.low_rank(segment.dropout(x, self.lora_dropout, site.path), p["lora_A"], p["lora_B"], self.scaling)
         norm = ops.dora_norm(site.module, p["lora_A"], p["lora_B"], self.scaling)
         return ops.rescale(out, update, p["lora_magnitude_vector"] / norm, site.bias)
+
+    def as_saved(self) -> LoraConfig:
+        if self.lora_init != "pissa":
+            return self
+        doubled = {"r": 2 * self.r, "lora_alpha": self.lora_alpha * (math.sqrt(2) if self.use_rslora else 2)}
+        return self.model_copy(update={**doubled, "lora_init": "original"})
+
+    def to_file(self, tensors: Tensors) -> dict[str, Tensor]:
+        if "start_A" not in tensors:
+            return dict(tensors)
+        import torch
+
+        a, b, start_a, start_b = (tensors[name] for name in ("lora_A", "lora_B", "start_A", "start_B"))
+        return {"lora_A": torch.cat([a, start_a]), "lora_B": torch.cat([b, -start_b], dim=1)}
+
+    def from_file(self, tensors: Tensors) -> dict[str, Tensor]:
+        if self.lora_init != "pissa":
+            return dict(tensors)
+        (a, start_a), (b, start_b) = tensors["lora_A"].chunk(2), tensors["lora_B"].chunk(2, dim=1)
+        return {"lora_A": a, "lora_B": b, "start_A": start_a, "start_B": -start_b}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class RoutedLowRank(LowRank):
     """Single linear layers with LoRA experts and a router of their own."""
 
+    lora_init: Literal["original", "gaussian"] = "original"
+    """Distribution of A at the start: "original" is kaiming uniform with a = sqrt(5), "gaussian" normal(0, 1/r)."""
     num_experts: int = Field(8, ge=1)
     """Experts of each layer that has a router."""
     router_init_range: float = Field(5.0, ge=0)

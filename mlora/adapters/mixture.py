@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -64,6 +64,8 @@ class Mixture(LoraConfig):
     file_prefix: ClassVar[str] = "mixlora"
     spans_blocks: ClassVar[bool] = True
 
+    lora_init: Literal["original", "gaussian"] = "original"
+    """Distribution of A at the start: "original" is kaiming uniform with a = sqrt(5), "gaussian" normal(0, 1/r)."""
     num_experts: int = Field(8, ge=1)
     """Experts in each feed-forward block."""
     router_init_range: float = Field(0.02, ge=0)

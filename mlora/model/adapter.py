@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Container
 from dataclasses import replace
 
 import torch
@@ -54,19 +54,28 @@ class Adapter(nn.Module):
         self.tensors[site.path] = {}
         for name, init in inits.items():
             key = ops.stable_hash(seed, self.name, site.path, name)
-            parameter = nn.Parameter(initial(init, key, device, site))
+            parameter = nn.Parameter(initial(init, key, device, site), requires_grad=init.trainable)
             self.tensors[site.path][name] = parameter
             self.register_parameter(f"{site.path}.{name}".replace(".", ":"), parameter)
 
-    def file_names(self) -> Iterator[tuple[str, nn.Parameter, int | None]]:
-        """Yield (name in a file, tensor, index of its first dimension or None) for every tensor of the adapter."""
-        for path, tensors in self.tensors.items():
-            for name, parameter in tensors.items():
-                if self.inits[path][name].stacked:
-                    for expert in range(parameter.shape[0]):
-                        yield self._file_name(path, name, f"experts.{expert}."), parameter, expert
-                else:
-                    yield self._file_name(path, name), parameter, None
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Return (declared name, parameter) of what an optimizer changes, stacked tensors whole."""
+        return [(name, p) for tensors in self.tensors.values() for name, p in tensors.items() if p.requires_grad]
+
+    def _unpacked(self, tensors: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+        """Return something of every parameter under the names of a file, stacked ones taken apart."""
+        unpacked = {}
+        for path, own in self.tensors.items():
+            found = {name: tensors(p) for name, p in own.items()}
+            if all(tensor is None for tensor in found.values()):
+                continue
+            filled = {name: torch.zeros_like(own[name]) if t is None else t for name, t in found.items()}
+            for name, tensor in self.method.to_file(filled).items():
+                parts = tensor if self.inits[path][name].stacked else [tensor]
+                for number, part in enumerate(parts):
+                    expert = f"experts.{number}." if self.inits[path][name].stacked else ""
+                    unpacked[self._file_name(path, name, expert)] = part
+        return unpacked
 
     def _file_name(self, path: str, name: str, expert: str = "") -> str:
         prefix = self.method.file_prefix
@@ -77,12 +86,12 @@ class Adapter(nn.Module):
         return f"{prefix}.{path}.{expert}{leaf}"
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors as files hold them, stacked ones taken apart; views of the live ones."""
-        return {name: (p if i is None else p[i]).detach() for name, p, i in self.file_names()}
+        """Return the tensors as files hold them."""
+        return self._unpacked(lambda parameter: parameter.detach())
 
     def file_gradients(self) -> dict[str, Tensor]:
-        """Return the gradients under the names of `file_tensors`; tensors without a gradient are left out."""
-        return {name: p.grad if i is None else p.grad[i] for name, p, i in self.file_names() if p.grad is not None}
+        """Return the gradients under the names of `file_tensors`; zero where a layer's tensor got none."""
+        return self._unpacked(lambda parameter: parameter.grad)
 
     @torch.no_grad()
     def load_file_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
@@ -109,8 +118,23 @@ class Adapter(nn.Module):
         if problems:
             more = f" ... and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ModelError(f"{source} does not fit this base model: {'; '.join(problems[:5])}{more}")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        for path, parameters in self.tensors.items():
+            stored = self._stored(path, tensors, own)
+            for name, tensor in self.method.from_file(stored).items():
+                parameters[name].copy_(tensor)
+
+    def _stored(self, path: str, tensors: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
+        """Return what a file holds of one site, by declared name, experts stacked again."""
+        stored = {}
+        for name in self.method.to_file(self.tensors[path]):
+            if not self.inits[path][name].stacked:
+                names = [self._file_name(path, name)]
+            else:
+                names = [self._file_name(path, name, f"experts.{i}.") for i in range(self.inits[path][name].shape[0])]
+            if names[0] in wanted:
+                parts = [tensors[n] for n in names]
+                stored[name] = torch.stack(parts) if self.inits[path][name].stacked else parts[0]
+        return stored
 
 
 def initial(init: Init, key: int, device: torch.device, site: LinearSite | BlockSite) -> Tensor:
@@ -119,6 +143,9 @@ def initial(init: Init, key: int, device: torch.device, site: LinearSite | Block
         return torch.empty(init.shape, device=device)
     if init.kind == "row_norms" and isinstance(site, LinearSite):
         return ops.squared_row_norms(site.module).sqrt().expand(init.shape).clone()
+    if init.kind in ("principal_A", "principal_B") and isinstance(site, LinearSite):
+        a, b = ops.principal_directions(site.module, min(init.shape), init.scale)
+        return a if init.kind == "principal_A" else b
     generator = torch.Generator().manual_seed(key & 0xFFFFFFFF)
     tensor = torch.zeros(init.shape)
     if init.kind == "normal":

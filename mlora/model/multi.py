@@ -186,7 +186,9 @@ class MultiAdapterModel(nn.Module):
             making: how it was trained, for the card.
         """
         adapter, base = self._adapter(name), self.origin
-        files.write(Path(path), adapter.method, adapter.file_tensors(), base.given, base.revision, name, making)
+        files.write(
+            Path(path), adapter.method.as_saved(), adapter.file_tensors(), base.given, base.revision, name, making
+        )
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; its memory returns once nothing else refers to its tensors."""
@@ -204,7 +206,7 @@ class MultiAdapterModel(nn.Module):
     def adapter_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
         """Return (declared name, parameter) of every trainable tensor, stacked ones whole."""
         adapter = self._adapter(name)
-        return [(kind, p) for tensors in adapter.tensors.values() for kind, p in tensors.items()]
+        return adapter.trainable()
 
     def _adapter(self, name: str) -> Adapter:
         if name not in self._adapters:

@@ -6,9 +6,10 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "dora": ("dora_norm", "rescale", "squared_row_norms"),
-    "random": ("dropout", "fold", "jitter", "stable_hash", "stream_keys"),
+    "dora": ("dora_norm", "frozen_weight", "rescale", "squared_row_norms"),
     "lowrank": ("expand", "low_rank", "reduce", "select_expert"),
+    "pissa": ("principal_directions",),
+    "random": ("dropout", "fold", "jitter", "stable_hash", "stream_keys"),
     "routing": (
         "balance_loss",
         "multi_hot",
