@@ -74,4 +74,4 @@ def awaken(model: MultiAdapterModel, std: float = 0.2) -> None:
     for name in model.adapters:
         for kind, parameter in model.adapter_parameters(name):
             if kind == "lora_B":
-                parameter.data.normal_(0.0, std, generator=draw)
+                parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=draw))
