@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,23 +33,41 @@ log = logging.getLogger(__name__)
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `path` when the block ends well, and vanishes when not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    clear_leftovers(path)
+    # not mkdtemp: what it makes is closed to everyone but its owner, and so would the folder be at its place
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    temporary.mkdir()
     try:
         yield temporary
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
-        old = None
+        old = _set_aside(path)
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.rename(path, old / path.name)
+            os.rename(path, old)
         os.rename(temporary, path)
         _sync(path.parent)
-        if old is not None:
-            shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def clear_leftovers(path: Path) -> None:
+    """Undo what a crash within `whole_folder(path)` left: put the old folder back, or drop what is not needed."""
+    old = _set_aside(path)
+    if old.exists() and not path.exists():
+        os.rename(old, path)
+    shutil.rmtree(old, ignore_errors=True)
+    if path.parent.is_dir():
+        unfinished = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}")
+        for folder in path.parent.iterdir():
+            if unfinished.fullmatch(folder.name):
+                shutil.rmtree(folder)
+
+
+def _set_aside(path: Path) -> Path:
+    return path.parent / f".{path.name}.old"
 
 
 def write(

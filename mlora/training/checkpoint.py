@@ -113,12 +113,14 @@ def _place(root: Path, job: Job) -> Path:
 
 
 def _paths(root: Path, job: Job) -> list[Path]:
-    folder = root / job.name
-    return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
+    return sorted(path for path in (root / job.name).glob("step-*") if path.is_dir())
 
 
 def _drop_old(root: Path, jobs: Sequence[Job]) -> None:
-    """Keep the last `KEPT` moments, and the end of every job that is done."""
+    """Keep the last `KEPT` moments, and the end of every job that is done; drop what a crash left half-written."""
+    for job in jobs:
+        for unfinished in (root / job.name).glob(".step-*"):
+            shutil.rmtree(unfinished)
     states = {path: _state(path) for job in jobs for path in _paths(root, job)}
     moments = sorted({state.get("moment", -1) for state in states.values()})[-KEPT:]
     for path, state in states.items():

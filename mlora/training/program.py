@@ -136,6 +136,8 @@ class Run:
 
     def _require_possible(self) -> None:
         names = [job.name for job in self.config.lora]
+        for name in names:
+            files.clear_leftovers(self.folder.adapter(name))
         options = self.options
         if options.num_gpus > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise _bad("--num_gpus", "training on several GPUs is not built yet; leave it at 1")

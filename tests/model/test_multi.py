@@ -14,7 +14,7 @@ import torch
 from mlora import Batch, MultiAdapterModel
 from mlora.adapters import METHODS
 from mlora.config import ConfigError
-from mlora.model import attention, load
+from mlora.model import attention, files, load
 from mlora.model.errors import AdapterFileError, ModelError, UnreachableModelError
 from mlora.model.inject import Sites
 from tests import tinybase
@@ -227,3 +227,30 @@ class TestFiles:
         with pytest.raises(AdapterFileError, match="cannot be read"):
             model.load_adapter(saved, "c")
         assert not (tmp_path / "owned").exists()
+
+
+class TestWholeFolders:
+    def leave(self, path: Path, content: str) -> None:
+        path.mkdir()
+        (path / "file").write_text(content)
+
+    def test_a_crash_between_the_renames_loses_nothing(self, tmp_path: Path) -> None:
+        place = tmp_path / "a"
+        self.leave(tmp_path / ".a.old", "old")  # set aside, and the new one not yet in its place
+        self.leave(tmp_path / ".a.0123abcd", "new")
+        self.leave(tmp_path / ".a.b.0123abcd", "another adapter's")
+        files.clear_leftovers(place)
+        assert {p.name: (p / "file").read_text() for p in tmp_path.iterdir()} == {
+            "a": "old",
+            ".a.b.0123abcd": "another adapter's",
+        }
+
+    def test_what_was_replaced_goes_and_what_failed_leaves_nothing(self, tmp_path: Path) -> None:
+        place = tmp_path / "a"
+        for content in ("one", "two"):
+            with files.whole_folder(place) as folder:
+                (folder / "file").write_text(content)
+        with pytest.raises(RuntimeError), files.whole_folder(place) as folder:
+            (folder / "file").write_text("three")
+            raise RuntimeError
+        assert [p.name for p in tmp_path.iterdir()] == ["a"] and (place / "file").read_text() == "two"
