@@ -206,6 +206,31 @@ def demo(ctx: click.Context) -> None:
     ctx.exit(_start(options))
 
 
+@program.command(name="export")
+@_option("format", "Form to write.", click.Choice(["peft", "mixlora", "mixtral", "merged"]), required=True)
+@_option("base_model", 'Local folder, hub id, GGUF file, or "smollm2".', required=True)
+@_option("adapter", "Folder of the adapter.", required=True)
+@_option("output", "Folder to write.", required=True)
+@_option("dtype", "Of a written model. [default: fp32]", click.Choice(["bf16", "fp16", "fp32"]))
+@_option("revision", "Of the base model on the hub.")
+@_option("trust_remote_code", "Run code from the model's repository.", bool, default=False)
+@_option("overwrite", "Replace an earlier export.", bool, default=False)
+@click.pass_context
+def export_(ctx: click.Context, **flags: Any) -> None:
+    r"""Write a saved adapter in the form of another program.
+
+    \b
+    peft     LoRA, rsLoRA and DoRA, for PEFT and vLLM
+    merged   the same, merged into the base: a plain transformers model
+    mixlora  top-k MixLoRA, for the public package mixlora 0.2.3
+    mixtral  top-k MixLoRA and its base as a stock mixture of experts:
+             Mixtral from Llama and Mistral, Qwen3-MoE from Qwen3
+    """
+    from mlora.export import main as export_main
+
+    ctx.exit(export_main(**flags))
+
+
 @program.command()
 def avail() -> None:
     """List tasks, methods and templates."""

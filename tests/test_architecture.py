@@ -20,9 +20,10 @@ MAY_IMPORT = {
     "data": {"tasks", "config"},
     "model": {"config", "adapters", "ops"},
     "evaluation": {"model", "data", "tasks"},
+    "export": {"model", "config", "adapters", "ops"},
     "generation": {"model", "data"},
     "training": {"generation", "evaluation", "report", "model", "data", "tasks", "config", "adapters"},
-    "cli": {"training", "config", "tasks", "adapters", "report", "data"},
+    "cli": {"training", "export", "config", "tasks", "adapters", "report", "data"},
     "__init__": set(),
 }
 """Rooms that the files of a room may import, besides their own."""

@@ -1,0 +1,23 @@
+"""A LoRA, rsLoRA or DoRA adapter as a folder of PEFT's: ours is one; this rewrites the predecessors' too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlora.export.refusal import refusal
+from mlora.export.source import Source
+from mlora.model import files, load
+
+
+def write(source: Source, folder: Path, title: str) -> None:
+    """Write the adapter as PEFT does.
+
+    Raises:
+        ModelError: PEFT has no such method, or the adapter does not fit the base model.
+    """
+    if source.method.peft_type != "LORA":
+        raise refusal("peft", source.method, "PEFT has no such method")
+    source.shapes()
+    place = source.origin
+    base = load.published(place.given)
+    files.write(folder, source.method, source.tensors, base, place.revision, title, source.making())
