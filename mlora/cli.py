@@ -37,7 +37,7 @@ Fine-tune several adapters at once over one frozen language model.
              trains all adapters together, then evaluates each
 4. evaluate  python launch.py run --base_model BASE_MODEL --evaluate
              evaluates saved adapters again
-5. report    open report.html, which the run has written
+5. compare   results.json and metrics.jsonl hold every number and step
 """
 
 
@@ -91,8 +91,9 @@ run_options = _all(
         ),
         _option("quantize", "Load the base model quantised.", click.Choice(["4bit", "8bit"])),
         _option("attn_impl", "Attention implementation, by transformers' name."),
-        _option("sliding_window", "Keep the window of models that have one.", bool, default=False),
+        _option("sliding_window", "Turn on a window that the model has switched off.", bool, default=False),
         _option("use_cache", "Cache keys and values in generation. [default: True]", bool, default=True),
+        _option("gradient_checkpointing", "Recompute layers in backward: less memory, slower.", bool, default=False),
         _option("tf32", "Allow TensorFloat-32 on CUDA.", bool, default=False),
         _option("revision", "Of the base model on the hub."),
         _option("trust_remote_code", "Run code from the model's repository.", bool, default=False),
@@ -278,11 +279,35 @@ def train(**flags: Any) -> None:
     options = RunOptions(**flags)
     if options.cuda_device is not None:  # read when CUDA is first used, so before torch is
         os.environ["CUDA_VISIBLE_DEVICES"] = options.cuda_device
-    if options.num_gpus > 1 and "WORLD_SIZE" not in os.environ and not options.dry_run:
-        raise click.UsageError("--num_gpus needs one process for each GPU: start with `launch.py run` or torchrun")
     from mlora.training.program import main as train_main
 
     sys.exit(train_main(options))
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@_option("base_model", 'Local folder, hub id, GGUF file, or "smollm2".', required=True)
+@_option("instruction", "What is asked.", required=True)
+@_option("input", "What the instruction is about.", default="")
+@_option("lora_weights", "Adapter folder or hub id; may be given several times.", multiple=True)
+@_option("template", "Prompt template, by name or path.")
+@_option("max_new_tokens", "Tokens of the answer.", click.IntRange(1), default=128, show_default=True)
+@_option("load_16bit", "bf16 weights. [default: on CUDA]", bool, default=False)
+@_option("load_8bit", "8-bit weights.", bool, default=False)
+@_option("load_4bit", "4-bit weights.", bool, default=False)
+@_option("device", "cpu, cuda, ... [default: a GPU where there is one]")
+@_option("stream", "Print tokens as they come.", bool, default=False)
+@_option("revision", "Of the base model on the hub.")
+@_option("trust_remote_code", "Run code from the model's repository.", bool, default=False)
+def generate(load_16bit: bool, load_8bit: bool, load_4bit: bool, lora_weights: tuple[str, ...], **flags: Any) -> None:
+    """Answer an instruction with the base model or with adapters."""
+    if load_8bit and load_4bit:
+        raise click.UsageError("--load_8bit cannot be combined with --load_4bit")
+    from mlora.generation.answer import Asked
+    from mlora.generation.answer import main as answer_main
+
+    quantize = "4bit" if load_4bit else "8bit" if load_8bit else None
+    asked = Asked(lora_weights=lora_weights, dtype="bf16" if load_16bit else None, quantize=quantize, **flags)
+    sys.exit(answer_main(asked))
 
 
 def main() -> None:
@@ -293,10 +318,7 @@ def main() -> None:
 def _start(options: RunOptions) -> int:
     """Run the training program and return its exit status."""
     script = ROOT / "train.py" if (ROOT / "train.py").exists() else ROOT / "programs" / "train.py"
-    command = [sys.executable]
-    if options.num_gpus > 1 and not options.dry_run:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.num_gpus}"]
-    command += [str(script), *options.arguments()]
+    command = [sys.executable, str(script), *options.arguments()]
     environment = dict(os.environ)
     if options.cuda_device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = options.cuda_device

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "export": {"model", "config", "adapters", "ops"},
     "generation": {"model", "data"},
     "training": {"generation", "evaluation", "report", "model", "data", "tasks", "config", "adapters"},
-    "cli": {"training", "export", "config", "tasks", "adapters", "report", "data"},
+    "cli": {"generation", "training", "export", "config", "tasks", "adapters", "report", "data"},
     "__init__": set(),
 }
 """Rooms that the files of a room may import, besides their own."""

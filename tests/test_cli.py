@@ -86,7 +86,7 @@ def test_alone_it_tells_the_five_steps() -> None:
     result = invoke()
     assert result.exit_code == 0
     assert result.output == invoke("help").output == invoke("--help").output
-    for word in ["gen", "edit", "run", "evaluate", "report"]:
+    for word in ["gen", "edit", "run", "evaluate", "compare"]:
         assert f". {word} " in result.output
     assert "mixlora" in invoke("help", "gen").output
 
@@ -208,7 +208,7 @@ def test_run_on_several_gpus(started: list[tuple[list[str], dict[str, str]]]) ->
     before = dict(os.environ)
     assert invoke("run", "--base_model", "m", "--num_gpus", "2", "--cuda_device", "2,3").exit_code == 7
     command, environment = started[0]
-    assert command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    assert command[1] == str(ROOT / "train.py") and "--num_gpus=2" in command
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert dict(os.environ) == before
     invoke("run", "--base_model", "m", "--num_gpus", "2", "--dry_run")
@@ -231,14 +231,6 @@ def test_demo_is_a_run(started: list[tuple[list[str], dict[str, str]]]) -> None:
     command = started[0][0]
     assert {"--base_model=smollm2", "--dir=runs/demo", "--overwrite=True"} <= set(command)
     assert any(word.startswith("--config=") and word.endswith("demo.json") for word in command)
-
-
-def test_the_training_program_refuses_gpus_without_processes() -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
-    command = [sys.executable, str(ROOT / "train.py"), "--base_model", "m", "--num_gpus", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 2
-    assert "torchrun" in done.stderr
 
 
 PROGRAM = """

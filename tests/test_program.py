@@ -17,6 +17,7 @@ import pytest
 
 from mlora.config import RunOptions
 from mlora.model import card
+from mlora.training import run as run_module
 from mlora.training.program import main
 from tests import tinybase
 
@@ -115,12 +116,141 @@ def test_limit_is_said_in_every_result(here: Path, base: Path, capsys: pytest.Ca
     assert "5 *" in capsys.readouterr().out and Path("out/adapters/a").is_dir() and Path("out/log.txt").exists()
 
 
-def test_load_adapter_goes_on_from_a_saved_adapter(here: Path, base: Path) -> None:
+def test_load_adapter_goes_on_from_a_saved_adapter(here: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_config(adapter("a", num_epochs=6))
     assert main(RunOptions(str(base))) == 0
+    Path("a/notes.txt").write_text("kept")
     first = losses(here)["a"]
+    write_config(adapter("a", num_epochs=6, lora_dropout=0.2))
     assert main(RunOptions(str(base), load_adapter=True)) == 0
     assert losses(here)["a"][len(first)] < first[0] - 0.1
+    assert json.loads(Path("a/adapter_config.json").read_text())["lora_dropout"] == 0.2
+    assert Path("a/notes.txt").read_text() == "kept"
+    # the checkpoints are this training's and no earlier one's
+    ends = [json.loads(p.read_text())["step"] for p in Path("checkpoints/a").glob("*/state.json")]
+    assert ends and min(ends) > 0
+    states = {p.parent.name for p in Path("checkpoints/a").glob("*/state.json")}
+    assert states == {"step-000018"}
+    write_config(adapter("a", lora_alpha=64))
+    assert main(RunOptions(str(base), load_adapter=True)) == 2
+    assert "lora_alpha 64" in capsys.readouterr().err
+
+
+def test_resuming_asks_for_the_same_settings_and_a_checkpoint(
+    here: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(adapter("a"), adapter("b", num_epochs=1))
+    assert main(RunOptions(str(base), resume=True)) == 0
+    assert "starts at the beginning" in capsys.readouterr().out
+    saved = Path("a/adapter_model.safetensors").read_bytes()
+    for options, entries, said in (
+        ({"random_seed": 1}, {}, "random_seed 42 then, 1 now"),
+        ({}, {"lr": 1e-5}, "lr 0.005 then, 1e-05 now"),
+        ({}, {"batch_size": 4}, "batch_size 8 then, 4 now"),
+    ):
+        write_config(adapter("a", **entries))
+        assert main(RunOptions(str(base), resume=True, **options)) == 2
+        assert said in capsys.readouterr().err
+    write_config(adapter("a"))  # b is no longer in the config: a goes on all the same, and has nothing left to do
+    shutil.rmtree("a")
+    assert main(RunOptions(str(base), resume=True)) == 0
+    assert Path("a/adapter_model.safetensors").read_bytes() == saved
+    for state in Path("checkpoints/a").glob("*/state.json"):
+        state.write_text("{}")
+    assert main(RunOptions(str(base), resume=True)) == 2
+    assert "no usable checkpoint" in capsys.readouterr().err
+    assert Path("a/adapter_model.safetensors").read_bytes() == saved
+
+
+def test_bad_data_is_found_before_anything_is_lost(here: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(adapter("a"))
+    assert main(RunOptions(str(base))) == 0
+    before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file() and p.name != "mlora.log"}
+    write_config(adapter("a", eval_data="missing.json"))
+    before[here / "mlora.json"] = Path("mlora.json").read_bytes()
+    assert main(RunOptions(str(base), overwrite=True)) == 2
+    evaluated = here / "data" / "boolq" / "validation.jsonl"
+    content = evaluated.read_text()
+    write_config(adapter("a"))
+    before[here / "mlora.json"] = Path("mlora.json").read_bytes()
+    evaluated.write_text(content + '{"question": 5}\n')
+    assert main(RunOptions(str(base), overwrite=True)) == 2
+    assert "validation.jsonl" in capsys.readouterr().err
+    evaluated.write_text(content)
+    assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file() and p.name != "mlora.log"} == before
+
+
+def test_an_evaluation_that_fails_loses_nothing_else(
+    here: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(adapter("a", num_epochs=1), adapter("b", task_name="arc_easy", num_epochs=1))
+    own = run_module.evaluate
+
+    def failing(model: object, group: list, *rest: object) -> object:
+        return own(model, group, *rest) if group[0].task != "boolq" else 1 / 0
+
+    monkeypatch.setattr(run_module, "evaluate", failing)
+    assert main(RunOptions(str(base))) == 1
+    shown = capsys.readouterr()
+    assert "evaluation of boolq failed: ZeroDivisionError" in shown.err and "arc_easy" in shown.out
+    assert {r["task"] for r in json.loads(Path("results.json").read_text())} == {"arc_easy"}
+    assert Path("a/adapter_config.json").exists()
+
+
+def test_an_adapter_that_diverges_is_stopped_and_its_neighbour_is_not_touched(
+    here: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = adapter("good", num_epochs=4)
+    write_config(good)
+    assert main(RunOptions(str(base), dir="alone")) == 0
+    write_config(good, adapter("bad", num_epochs=4, lr=1e30))
+    assert main(RunOptions(str(base), dir="beside")) == 1
+    assert "bad was stopped" in capsys.readouterr().err
+    one, two = (losses(here / d)["good"] for d in ("alone", "beside"))
+    assert one == pytest.approx(two, rel=1e-5) and len(two) == 12
+    from safetensors.torch import load_file
+
+    kept = load_file("beside/adapters/bad/adapter_model.safetensors")
+    assert all(t.isfinite().all() for t in kept.values())
+
+
+def test_gradient_checkpointing_changes_no_loss(here: Path, base: Path) -> None:
+    write_config(adapter("a"), adapter("b", **MIXTURE))
+    for folder, recompute in (("kept", False), ("recomputed", True)):
+        assert main(RunOptions(str(base), dir=folder, gradient_checkpointing=recompute)) == 0
+    assert losses(here / "kept") == losses(here / "recomputed")
+
+
+def test_files_can_be_read_by_others(here: Path, base: Path) -> None:
+    write_config(adapter("a", num_epochs=1))
+    assert main(RunOptions(str(base))) == 0
+    (here / "plain").write_text("")
+    usual = (here / "plain").stat().st_mode
+    for name in ("results.json", "config.json", "a/adapter_config.json", "a/adapter_model.safetensors"):
+        assert (here / name).stat().st_mode & 0o044 == usual & 0o044, name
+
+
+def test_generate_answers_with_every_adapter(here: Path, base: Path) -> None:
+    write_config(adapter("a", num_epochs=1), adapter("b", num_epochs=1, **MIXTURE))
+    assert main(RunOptions(str(base))) == 0
+    command = [
+        sys.executable,
+        str(ROOT / "generate.py"),
+        "--base_model",
+        str(base),
+        "--template",
+        "template/alpaca.json",
+    ]
+    command += ["--instruction", "What is m-LoRA?", "--max_new_tokens", "4"]
+    for extra, count in (
+        ([], 1),
+        (["--lora_weights", "a", "--lora_weights", "b"], 2),
+        (["--lora_weights", "a", "--stream"], 1),
+    ):
+        done = subprocess.run([*command, *extra], capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout.count("== ") == count, done.stderr
+    bad = subprocess.run([*command, "--lora_weights", "./nowhere"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 2 and "nowhere" in bad.stderr and "Traceback" not in bad.stderr
 
 
 def test_dry_run_loads_no_weights_and_writes_nothing(

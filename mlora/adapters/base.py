@@ -184,6 +184,9 @@ class Method(BaseModel):
     peft_type: ClassVar[str] = "LORA"
     spans_blocks: ClassVar[bool] = False
     """Whether it computes feed-forward blocks as a whole, by `block`, rather than single linear layers."""
+    counts_tokens: ClassVar[bool] = False
+    """Whether what a token gets depends on how many came before it in its sequence, padding not among them; then
+    generation computes whole sequences at every step, without a cache and without padding."""
     file_prefix: ClassVar[str] = "base_model.model"
     """First part of tensor names in a saved file."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 @register("mixlora-switch")
 class MixLoraSwitchConfig(Mixture):
     """Top-1 routed LoRA experts with a capacity, plain LoRA on targeted attention layers."""
+
+    counts_tokens: ClassVar[bool] = True
 
     router_init_range: float = Field(1.0, ge=0)
     """Standard deviation of the router's initial weights."""

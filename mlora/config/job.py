@@ -98,6 +98,8 @@ class JobConfig(BaseModel):
         if value != CASUAL and unknown:
             hint = did_you_mean(unknown[0], [*TASKS, CASUAL])
             raise ValueError(f"{show(unknown[0])} is no task, `launch.py avail` lists them{hint}")
+        if len(set(value.split(";"))) < len(value.split(";")):
+            raise ValueError("expected every task once")
         return value
 
     @field_validator("data")

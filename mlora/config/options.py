@@ -29,8 +29,9 @@ class RunOptions:
         dtype: of the base model's weights, "bf16", "fp16" or "fp32"; None for bf16 on CUDA, fp32 on the CPU.
         quantize: "4bit" or "8bit"; None for full weights.
         attn_impl: transformers' name of an attention implementation; None for packed sequences' own.
-        sliding_window: keep the window of base models that have one.
+        sliding_window: turn on the window of families that have one switched off (qwen2).
         use_cache: keep keys and values in generation.
+        gradient_checkpointing: keep each decoder layer's input alone for backward and compute the layer again there.
         tf32: allow TensorFloat-32 in float32 products.
         revision: of the base model on the hub.
         trust_remote_code: run code from the base model's repository.
@@ -59,6 +60,7 @@ class RunOptions:
     sliding_window: bool = False
     use_cache: bool = True
     tf32: bool = False
+    gradient_checkpointing: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
     log_file: str = "mlora.log"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -70,6 +71,31 @@ BASE = "base model"
 """What results call the plain base model: no adapter can have a name with a blank."""
 
 
+def by_questions(examinations: Iterable[Examination]) -> list[list[Examination]]:
+    """Return the examinations grouped by the questions that they ask."""
+    groups: dict[tuple[Any, ...], list[Examination]] = defaultdict(list)
+    for examination in examinations:
+        groups[examination.task, examination.data, examination.limit].append(examination)
+    return list(groups.values())
+
+
+def check(examinations: Iterable[Examination], tokenizer: Any, cutoff_len: int) -> None:
+    """Read and encode all questions, so that bad data is found before the training and not after.
+
+    Raises:
+        DataError: data that is not there, or a row that cannot be used.
+    """
+    for group in by_questions(examinations):
+        task = find_task(group[0].task)
+        shortened = 0
+        for question in load_questions(task.name, group[0].data, limit=group[0].limit):
+            encoded = encode_choices(tokenizer, question, task.protocol, cutoff_len)
+            whole = encode_choices(tokenizer, question, task.protocol, sys.maxsize)
+            shortened += len(encoded.prompt_ids) < len(whole.prompt_ids)
+        if shortened:
+            log.warning("%s: cutoff_len %d shortens %d of its evaluation prompts", task.name, cutoff_len, shortened)
+
+
 def evaluate(
     model: MultiAdapterModel,
     examinations: Sequence[Examination],
@@ -88,10 +114,8 @@ def evaluate(
         simultaneously: adapters in one forward; None for all.
         progress: called with the task, the rows done and the rows in all.
     """
-    groups: dict[tuple[Any, ...], list[Examination]] = defaultdict(list)
-    for examination in examinations:
-        groups[examination.task, examination.data, examination.limit].append(examination)
-    for (task, _, _), group in groups.items():
+    for group in by_questions(examinations):
+        task = group[0].task
         size = len(group) if simultaneously is None else simultaneously
         for start in range(0, len(group), size):
             together = group[start : start + size]

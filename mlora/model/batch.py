@@ -5,6 +5,7 @@ Shapes: B rows of L tokens given, T tokens packed: [1, T], sorted by adapter, no
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -116,7 +117,7 @@ class Batch:
         attention_mask: Tensor,
         labels: Tensor | None = None,
         adapters: Sequence[str | None] = (),
-        step: int = 0,
+        step: int | None = None,
     ) -> Batch:
         """Pack padded rows, padded on either side.
 
@@ -125,13 +126,17 @@ class Batch:
             attention_mask: [B, L], 1 at real tokens.
             labels: [B, L], the token where it is a target, `IGNORED` elsewhere; None takes every real token.
             adapters: name for each row; None for the plain base model.
-            step: number of your optimizer step; dropout differs from step to step, not from call to call.
+            step: number of your optimizer step, which dropout then differs by. Without it a row's dropout depends on
+                its tokens: the same row has the same mask at every call.
         """
         if len(adapters) != len(input_ids):
             raise ValueError(f"{len(input_ids)} rows need as many adapters, got {len(adapters)}")
         labels = input_ids if labels is None else labels
         rows, seen = [], dict[str | None, int]()
         for ids, mask, label, adapter in zip(input_ids, attention_mask.bool(), labels, adapters, strict=True):
+            tokens = ids[mask].tolist()
             index = seen[adapter] = seen.get(adapter, -1) + 1
-            rows.append(Row(ids[mask].tolist(), label[mask].tolist(), adapter, index))
-        return cls.pack(rows, dict.fromkeys(adapters, step), input_ids.device)
+            if step is None:
+                index = zlib.crc32(str(tokens).encode()) >> 1  # fits a signed number of 32 bits
+            rows.append(Row(tokens, label[mask].tolist(), adapter, index))
+        return cls.pack(rows, dict.fromkeys(adapters, step or 0), input_ids.device)

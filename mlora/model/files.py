@@ -25,6 +25,8 @@ from mlora.model.errors import AdapterFileError
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+OWN = (CONFIG, TENSORS, PICKLE, "README.md")
+"""Files of an adapter folder that are ours to replace."""
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +94,9 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = _to_file(method, tensors) | {"base_model_name_or_path": base_model, "revision": revision}
-    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS, {"format": "pt"})
+    shutil.copymode(folder / CONFIG, folder / TENSORS)  # safetensors closes its files to everyone but their owner
     card.write_for_adapter(folder, name, method, base_model, making)
 
 
@@ -183,7 +186,7 @@ def _to_file(method: Method, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "inference_mode": True,
     }
     if method.peft_type == "LORA":
-        config["init_lora_weights"] = {"original": True}.get(config.pop("lora_init"), True)
+        config["init_lora_weights"] = True if config.pop("lora_init") == "original" else "gaussian"
         config |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "fan_in_fan_out": False}
     else:
         config["routing_strategy"] = method.method
@@ -210,10 +213,18 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
 def _from_file(config: dict[str, Any], path: Path) -> Method:
     peft_type = config.get("peft_type", "LORA")
     name = config.get("routing_strategy") or ("lora" if peft_type == "LORA" else str(peft_type).lower())
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise AdapterFileError(f"{path}: method {name!r} is unknown; known: {', '.join(sorted(METHODS))}")
     method = METHODS[name]
     known = {key: value for key, value in config.items() if key in method.model_fields}
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.split("_")[0] in ("pissa", "olora", "corda", "loftq"):
+        raise AdapterFileError(
+            f"{path}: init_lora_weights: {start!r} belongs to a base model that PEFT has changed; save it there with "
+            "path_initial_model_for_weight_conversion"
+        )
+    if start == "gaussian" and "lora_init" in method.model_fields:
+        known["lora_init"] = "gaussian"
     if isinstance(known.get("expert_lora"), dict):  # the predecessors repeat their constant keys in it
         own = known["expert_lora"].items()
         known["expert_lora"] = {k: v for k, v in own if k not in _NO_EFFECT or k in METHODS["lora"].model_fields}

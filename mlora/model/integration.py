@@ -56,7 +56,7 @@ class MixLoraModelForCausalLM:
         Raises:
             ModelError: the adapter or its base model cannot be loaded; the message says why.
         """
-        folder = _folder(str(name_or_path))
+        folder = find_adapter(str(name_or_path))
         base, revision = files.base_model(folder)
         if base is None:
             raise AdapterFileError(f"{folder / files.CONFIG}: base_model_name_or_path: missing; name the base model")
@@ -73,7 +73,7 @@ class MixLoraModelForCausalLM:
         return model, LoadedAdapter(load.published(base), adapter_name, multi.adapters[adapter_name])
 
 
-def _folder(name_or_path: str) -> Path:
+def find_adapter(name_or_path: str) -> Path:
     """Return the folder of an adapter, fetched from the hub where it is not a local one."""
     path = Path(name_or_path).expanduser()
     if path.exists() or path.is_absolute() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "~")):

@@ -93,6 +93,14 @@ def published(name: str) -> str:
     return PACKAGED[name][1] if name in PACKAGED else name
 
 
+def _with_window(origin: Origin, config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config read again with its window on: transformers works out what follows when it makes a config."""
+    with _explained(origin):
+        written, _ = type(config).get_config_dict(origin.folder, **origin.keywords)
+    changed = {key: value for key, value in written.items() if key != "layer_types"} | {"use_sliding_window": True}
+    return type(config).from_dict(changed)
+
+
 def read_config(origin: Origin) -> PreTrainedConfig:
     """Read the base model's config without its weights, as it was written."""
     from transformers import AutoConfig
@@ -101,9 +109,16 @@ def read_config(origin: Origin) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(origin.folder, **origin.keywords)
 
 
-def load_config(origin: Origin) -> PreTrainedConfig:
-    """Read the base model's config without its weights, dropout turned off."""
+def load_config(origin: Origin, sliding_window: bool = False) -> PreTrainedConfig:
+    """Read the base model's config without its weights, dropout turned off.
+
+    Args:
+        origin: where the model lies.
+        sliding_window: turn on the window of families that have one switched off (qwen2).
+    """
     config = read_config(origin)
+    if sliding_window and hasattr(config, "use_sliding_window"):
+        config = _with_window(origin, config)
     for owner in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in list(vars(owner).items()):
             if isinstance(value, float) and ("dropout" in name or name.endswith(("_pdrop", "_dropout_prob"))):
@@ -131,7 +146,12 @@ def load_model(
     if quantization is not None:
         keywords |= {"quantization_config": _quantization(quantization, dtype), "device_map": {"": device}}
     with _explained(origin):
-        model: Any = AutoModelForCausalLM.from_pretrained(origin.folder, **keywords)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(origin.folder, **keywords)
+        except KeyError as error:  # older families look attention up in a table of their own
+            if error.args != (attention,):
+                raise
+            model = AutoModelForCausalLM.from_pretrained(origin.folder, **keywords | {"attn_implementation": "eager"})
     if quantization is None:
         model = model.to(device)
     model.requires_grad_(False).eval()
@@ -196,14 +216,14 @@ class _explained:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | ValueError) and not isinstance(error, ModelError):
-            first = str(error).strip().partition("\n")[0]
-            on_hub = not os.path.isdir(self.origin.folder)
-            hint = (
-                " (a hub id needs a connection or a cached copy, a gated one `hf auth login`; a local model needs the "
-                "path of its folder)"
-            )
-            kind = UnreachableModelError if on_hub else ModelError
-            raise kind(
-                f"--base_model {self.origin.given}: cannot be loaded: {first}{hint if on_hub else ''}"
-            ) from error
+        if not isinstance(error, Exception) or isinstance(error, ModelError):
+            return
+        said = " ".join(str(error).split()) or type(error).__name__
+        said = said if len(said) <= 300 else f"{said[:297]}..."
+        on_hub = isinstance(error, OSError) and not os.path.isdir(self.origin.folder)
+        hint = (
+            " (a hub id needs a connection or a cached copy, a gated one `hf auth login`; a local model needs the path "
+            "of its folder)"
+        )
+        raised = UnreachableModelError if on_hub else ModelError
+        raise raised(f"--base_model {self.origin.given}: cannot be loaded: {said}{hint if on_hub else ''}") from error

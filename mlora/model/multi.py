@@ -29,6 +29,18 @@ from mlora.model.scope import Flight, Scope
 
 log = logging.getLogger(__name__)
 
+_TRAINING_ONLY = (
+    "lora_dropout",
+    "lora_init",
+    "ffn_dropout",
+    "jitter_noise",
+    "router_init_range",
+    "router_loss",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+)
+"""Settings of methods that change how an adapter is trained and not what it computes."""
+
 
 class AdapterOutput(NamedTuple):
     """What one adapter gets from a forward.
@@ -104,9 +116,7 @@ class MultiAdapterModel(nn.Module):
         if not isinstance(kind, torch.dtype):
             raise ModelError(f"dtype: {dtype!r} is not allowed; allowed: 'float32', 'bfloat16', 'float16'")
         origin = load.find(name_or_path, revision, trust_remote_code)
-        config = load.load_config(origin)
-        if sliding_window and hasattr(config, "use_sliding_window"):
-            config.use_sliding_window = True
+        config = load.load_config(origin, sliding_window)
         model = load.load_model(origin, config, kind, device, quantization, attn_implementation or PACKED)
         multi = cls(model, origin, seed)
         multi.check_packing()
@@ -143,8 +153,8 @@ class MultiAdapterModel(nn.Module):
         linears = self.sites.targets(method.target_modules)
         blocks = self.sites.all_blocks() if method.spans_blocks else []
         adapter = Adapter(name, method, linears, blocks, self.seed, self.device)
+        self.adapter_modules[_module_name(name)] = adapter
         self._adapters[name] = adapter
-        self.adapter_modules[name.replace(".", ":")] = adapter
         return adapter
 
     def load_adapter(self, path: str | Path, name: str | None = None, allow_pickle: bool = False) -> str:
@@ -177,6 +187,22 @@ class MultiAdapterModel(nn.Module):
         """Set an adapter's tensors, all of them, from tensors named as in a file; `source` names it in errors."""
         self._adapter(name).load_file_tensors(tensors, source)
 
+    def train_as(self, name: str, method: Method) -> None:
+        """Go on training a loaded adapter with a config's settings.
+
+        Raises:
+            ModelError: they differ in what the adapter computes, not only in how it is trained.
+        """
+        adapter = self._adapter(name)
+        before, now = (m.model_dump(exclude={*_TRAINING_ONLY, "target_modules"}) for m in (adapter.method, method))
+        other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if other or adapter.method.method != method.method:
+            said = ", ".join(f"{key} {now.get(key)!r} (saved: {before.get(key)!r})" for key in other)
+            kind = f"{method.method} (saved: {adapter.method.method}) {said}"
+            raise ModelError(f"adapter {name!r} was saved with other settings than the config's: {kind}")
+        kept = {"target_modules": adapter.method.target_modules}
+        adapter.method = method.model_copy(update=kept)
+
     def save_adapter(self, name: str, path: str | Path, making: Making | None = None) -> None:
         """Write an adapter to a folder: `adapter_config.json`, `adapter_model.safetensors` and a model card.
 
@@ -193,7 +219,7 @@ class MultiAdapterModel(nn.Module):
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; its memory returns once nothing else refers to its tensors."""
         self._adapter(name)
-        del self._adapters[name], self.adapter_modules[name.replace(".", ":")]
+        del self._adapters[name], self.adapter_modules[_module_name(name)]
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """Return an adapter's tensors, named and shaped as in its saved file."""
@@ -399,3 +425,8 @@ class MultiAdapterModel(nn.Module):
                 Segment(span.adapter, span.start, span.stop, keys, sequence_lengths=span.lengths, router_logits={})
             )
         return Flight(segments)
+
+
+def _module_name(adapter: str) -> str:
+    """Return a name that torch takes for a module: without dots, and none of nn.Module's own."""
+    return f"adapter:{adapter.replace('.', ':')}"

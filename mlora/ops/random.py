@@ -80,7 +80,7 @@ def dropout(x: Tensor, keys: Tensor, p: float, stream: str) -> Tensor:
         p: probability in [0, 1); rounded to a multiple of 2^-16.
         stream: name of the stream; equal names give equal masks.
     """
-    dropped = round(p * LEVELS)
+    dropped = min(round(p * LEVELS), LEVELS - 1)
     if dropped == 0:
         return x
     keep = random_bits(keys, x.shape[-1], stream) >= dropped - LEVELS // 2

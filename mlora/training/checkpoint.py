@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from mlora.config import ConfigError, Problem
 from mlora.model.files import whole_folder
 from mlora.model.multi import MultiAdapterModel
 from mlora.training.job import Job
@@ -50,7 +51,7 @@ def save(root: Path, jobs: Sequence[Job], model: MultiAdapterModel) -> None:
         with whole_folder(_place(root, job)) as temporary:
             model.save_adapter(job.name, temporary)
             tensors, state = _flatten(job.state())
-            state |= {"moment": moment, "jobs": [job.name for job in begun], "done": job.done}
+            state |= {"moment": moment, "jobs": [job.name for job in begun], "done": job.done, "identity": job.identity}
             save_file(tensors, temporary / "optimizer.safetensors")
             (temporary / "state.json").write_text(json.dumps(state))
             (temporary / MANIFEST).write_text(json.dumps(_digests(temporary), indent=1))
@@ -61,13 +62,19 @@ def restore(root: Path, jobs: Sequence[Job], model: MultiAdapterModel) -> bool:
     """Bring all jobs back to the newest moment of which every checkpoint is good; False where there is none.
 
     Damaged checkpoints are named in a warning.
+
+    Raises:
+        ConfigError: a checkpoint was made with other settings; which, is said.
     """
+    names = {job.name for job in jobs}
     found = [_read_good(path, job) for job in jobs for path in _paths(root, job)]
     good = [saved for saved in found if saved is not None]
     for moment in sorted({saved.moment for saved in good}, reverse=True):
         chosen = [saved for saved in good if saved.moment == moment or (saved.done and saved.moment < moment)]
         needed = {name for saved in chosen if saved.moment == moment for name in saved.jobs}
-        if needed <= {saved.job.name for saved in chosen}:
+        if needed & names <= {saved.job.name for saved in chosen}:
+            for saved in chosen:
+                saved.require_same()
             for saved in chosen:
                 saved.apply(model)
             return True
@@ -93,6 +100,13 @@ class _Saved:
     @property
     def done(self) -> bool:
         return self.state["done"]
+
+    def require_same(self) -> None:
+        before, now = self.state["identity"], self.job.identity
+        other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if other:
+            said = ", ".join(f"{key} {before.get(key)!r} then, {now.get(key)!r} now" for key in other)
+            raise ConfigError("--resume", [Problem(self.job.name, f"was begun with other settings: {said}")])
 
     def apply(self, model: MultiAdapterModel) -> None:
         model.restore_adapter(self.job.name, load_file(self.path / "adapter_model.safetensors"), str(self.path))
@@ -165,7 +179,7 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
             else:
                 plain[f"{index}.{name}"] = value
     tensors |= {f"gradient.{i}": g.detach().cpu().contiguous() for i, g in enumerate(state["gradients"])}
-    kept = {key: state[key] for key in ("step", "micro_step", "best_loss", "measured", "schedule")}
+    kept = {key: state[key] for key in ("step", "micro_step", "skipped", "best_loss", "measured", "schedule")}
     return tensors, kept | {"plain": plain, "groups": state["optimizer"]["param_groups"]}
 
 

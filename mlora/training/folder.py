@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import secrets
 import sys
-import tempfile
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,15 +22,16 @@ PACKAGES = ("mlora", "torch", "transformers", "datasets", "accelerate", "safeten
 def write_atomically(path: Path, text: str) -> None:
     """Write a whole file or nothing: a temporary file beside it, synced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # not mkstemp: what it makes is closed to everyone but its owner
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -84,6 +86,7 @@ class RunFolder:
         for folder in map(self.adapter, names):
             if folder.exists() and not (folder / "adapter_config.json").exists():
                 raise _refusal(str(folder), "exists already and is no adapter; choose another name or --dir DIR")
+        self.read_results()
         if self.config.exists() and not self.environment.exists():
             raise _refusal(str(self.config), "exists already and is not of a run; --dir DIR writes elsewhere")
 
@@ -95,7 +98,8 @@ class RunFolder:
 
     def log_step(self, adapter: str, step: int, measured: dict[str, Any]) -> None:
         """Append one optimizer step of one adapter to metrics.jsonl."""
-        line = json.dumps({"adapter": adapter, "step": step} | measured)
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in measured.items()}
+        line = json.dumps({"adapter": adapter, "step": step} | finite)
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -113,8 +117,20 @@ class RunFolder:
         self.log_step(adapter, step, {key: result[key] for key in ("task", "metric", "value", "standard_error", "n")})
 
     def read_results(self) -> list[dict[str, Any]]:
-        """Return the results so far."""
-        return json.loads(self.results.read_text(encoding="utf-8")) if self.results.exists() else []
+        """Return the results so far.
+
+        Raises:
+            ConfigError: results.json is no list of results.
+        """
+        if not self.results.exists():
+            return []
+        try:
+            found = json.loads(self.results.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+            raise _refusal(str(self.results), "exists already and holds no results of runs; --dir DIR writes elsewhere")
+        return found
 
     def add_result(self, result: dict[str, Any]) -> None:
         """Write one result as soon as it exists, in place of an older one of the same adapter, task and metric."""

@@ -8,6 +8,7 @@ company and resumes exactly.
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ from mlora.model.batch import IGNORED, Row
 from mlora.model.errors import ModelError
 from mlora.model.multi import AdapterOutput, MultiAdapterModel
 from mlora.training.heldout import HeldOut
+
+MAX_SKIPPED = 5
+"""Steps in a row without a finite gradient after which a job is given up."""
+
+log = logging.getLogger(__name__)
 
 
 class Job:
@@ -47,7 +53,7 @@ class Job:
         self.steps_per_epoch = math.ceil(len(samples) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.num_epochs
         self.held_out, self.best_loss = held_out, math.inf
-        self.step = self.micro_step = 0
+        self.step = self.micro_step = self.skipped = 0
         named = model.adapter_parameters(self.name)
         self.parameters = [parameter for _, parameter in named]
         self.optimizer = build_optimizer(config, model.adapters[self.name], named)
@@ -58,8 +64,19 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether every step of every epoch is taken."""
-        return self.step >= self.total_steps
+        """Whether every step of every epoch is taken, or the job was given up."""
+        return self.diverged or self.step >= self.total_steps
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the job was given up, because no step could be taken several times in a row."""
+        return self.skipped >= MAX_SKIPPED
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint can only be resumed with."""
+        described = self.config.model_dump(mode="json", exclude={"evaluate_steps", "evaluate_batch_size", "eval_data"})
+        return described | {"random_seed": self.seed, "rows": len(self.samples)}
 
     @property
     def examined(self) -> bool:
@@ -120,9 +137,14 @@ class Job:
         if self.micro_step < len(self._require_step().micro_batches):
             return False
         limit = self.config.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
-        self.measured |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
-        self.optimizer.step()
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
+        self.measured |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.skipped = 0
+        else:
+            self.skipped += 1
+            log.warning("%s: step %d is left out, its gradient is not finite", self.name, self.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step, self.micro_step, self._step = self.step + 1, 0, None
@@ -138,6 +160,7 @@ class Job:
         return {
             "step": self.step,
             "micro_step": self.micro_step,
+            "skipped": self.skipped,
             "best_loss": self.best_loss,
             "measured": self.measured,
             "optimizer": self.optimizer.state_dict(),
@@ -148,6 +171,7 @@ class Job:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go back to where a checkpoint was made."""
         self.step, self.micro_step, self._step = state["step"], state["micro_step"], None
+        self.skipped = state["skipped"]
         self.measured, self.best_loss = state["measured"], state["best_loss"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

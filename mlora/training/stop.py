@@ -1,8 +1,10 @@
-"""Stopping by Ctrl-C or SIGTERM: after the step in progress, at once the second time."""
+"""Stopping by Ctrl-C, SIGTERM or a closed terminal: after the step in progress, at once the second time."""
 
 from __future__ import annotations
 
+import os
 import signal
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 
@@ -13,7 +15,7 @@ class Stopped(Exception):
 class Stop:
     """Within this context, a first signal sets `requested`, a second ends the program as usual."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.requested = False
@@ -31,7 +33,8 @@ class Stop:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
-        print("stopping after this step; once more stops at once", flush=True)
+        with suppress(OSError):  # the terminal may be gone; and print() must not be entered twice
+            os.write(2, b"stopping after this step; once more stops at once\n")
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -60,10 +60,11 @@ def test_generation_in_company_is_generation_alone(family: str, tmp_path: Path) 
     model = MultiAdapterModel.from_pretrained(str(tinybase.save(tmp_path / "base", family)))
     model.add_adapter("a", {"r": 4, "lora_dropout": 0.5})
     model.add_adapter("m", {"routing_strategy": "mixlora", "num_experts": 4, "r": 4, "router_init_range": 0.5})
+    model.add_adapter("s", {"routing_strategy": "mixlora-switch", "num_experts": 2, "r": 4, "expert_capacity": 5})
     awaken(model, std=0.5)
     model.train()
-    prompts = ["one", "seventeen tokens?", "three", "x", "five is next"]
-    owners = ["a", "m", None, "m", "a"]
+    prompts = ["one", "seventeen tokens?", "three", "x", "five is next", "seven", "more than capacity"]
+    owners = ["a", "m", None, "m", "a", "s", "s"]
     together = model.generate(prompts, owners, max_new_tokens=12, do_sample=False)
     alone = [
         model.generate([p], [o], max_new_tokens=12, do_sample=False)[0] for p, o in zip(prompts, owners, strict=True)
@@ -254,3 +255,74 @@ class TestWholeFolders:
             (folder / "file").write_text("three")
             raise RuntimeError
         assert [p.name for p in tmp_path.iterdir()] == ["a"] and (place / "file").read_text() == "two"
+
+
+def test_recomputed_layers_run_again_in_backward() -> None:
+    ids, mask = rows(3)
+    for recompute, expected in ((False, 1), (True, 2)):
+        model = multi()
+        model.add_adapter("a", {"r": 4})
+        model.recompute = recompute
+        runs = 0
+
+        def count(module: object, arguments: object, output: object) -> None:
+            nonlocal runs
+            runs += 1
+
+        model.hf_model.model.layers[0].self_attn.register_forward_hook(count)
+        model(Batch.from_rows(ids, mask, None, ["a"] * 3))["a"].loss.backward()
+        assert runs == expected
+
+
+@pytest.mark.parametrize("method", [{}, {"routing_strategy": "mixlora", "num_experts": 3, "top_k": 3}])
+def test_dropout_depends_on_seed_adapter_step_row_and_nothing_else(method: dict) -> None:
+    def loss(seed: int = 1, name: str = "a", step: int | None = 0, first: bool = True) -> float:
+        model = multi(seed=seed)
+        for other in ("a", "b"):
+            model.add_adapter(other, {"r": 4, "lora_dropout": 0.5, **method})
+            drawn = torch.Generator().manual_seed(3)  # the same values whatever seed and name
+            for _, parameter in model.adapter_parameters(other):
+                parameter.data.copy_(torch.empty(parameter.shape).normal_(0, 0.3, generator=drawn))
+        model.train()
+        ids, mask = rows(1)
+        if first:
+            batch = Batch.from_rows(ids, mask, None, [name], step=step)
+        else:  # the same row as the second of its adapter, the first without labels
+            labels = torch.cat([torch.full_like(ids, -100), ids.masked_fill(mask == 0, -100)])
+            batch = Batch.from_rows(ids.repeat(2, 1), mask.repeat(2, 1), labels, [name, name], step=step)
+        return model(batch)[name].loss.item()
+
+    plain = loss()
+    assert loss() == plain
+    for change in ({"seed": 2}, {"name": "b"}, {"step": 1}, {"first": False}):
+        assert abs(loss(**change) - plain) > 1e-4, change
+    assert loss(step=None) == pytest.approx(loss(step=None, first=False), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["train", "type", "items", "forward", "half"])
+def test_any_allowed_name_is_a_name(name: str) -> None:
+    model = multi()
+    model.add_adapter(name, {"r": 2})
+    model.remove_adapter(name)
+    assert not model.adapters
+
+
+def test_a_window_that_is_switched_off_can_be_turned_on(tmp_path: Path) -> None:
+    folder = tinybase.save(tmp_path / "b", "qwen2", max_window_layers=0, use_sliding_window=False)
+    config = json.loads((folder / "config.json").read_text())  # transformers does not write a window that is off
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 4}))
+    ids, mask = rows(2, length=14)
+    plain, windowed = (MultiAdapterModel.from_pretrained(str(folder), sliding_window=on) for on in (False, True))
+    difference = plain.logits(ids, mask, [None] * 2) - windowed.logits(ids, mask, [None] * 2)
+    assert difference[mask.bool()].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["falcon", "gptj"])
+def test_families_with_attention_of_their_own_pack_or_say_why_not(family: str, tmp_path: Path) -> None:
+    folder = tinybase.save(tmp_path / "b", family, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_inner=64)
+    try:
+        model = MultiAdapterModel.from_pretrained(str(folder))
+    except ModelError as error:
+        assert "packed sequences" in str(error) or "cannot be" in str(error)
+    else:
+        assert model._packs()

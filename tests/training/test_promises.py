@@ -11,6 +11,7 @@ import torch
 from mlora.adapters import METHODS
 from mlora.config import JobConfig
 from mlora.data import Sample
+from mlora.model.batch import Batch, Row
 from mlora.training import checkpoint
 from mlora.training.job import Job
 from mlora.training.trainer import train
@@ -124,10 +125,21 @@ def test_gradient_of_a_step_is_normalised_by_its_label_tokens() -> None:
     train(model, [Job(config, rows, model, 5)], None, lambda stepped: _note(stepped, seen))
     base = multi()
     base.add_adapter("x", config.method)
-    from mlora.model.batch import Batch, Row
-
     out = base(Batch.pack([Row(s.input_ids, s.labels, "x") for s in rows]))["x"]
     assert out.num_tokens == 10 and seen["x"][0] == pytest.approx(out.loss.item(), rel=1e-6)
+
+
+def test_auxiliary_losses_of_micro_batches_weigh_by_their_tokens() -> None:
+    rows = [Sample(tuple(range(3, 3 + n)), (-100, *range(4, 3 + n)), "t") for n in (3, 40)]
+    method = METHODS["mixlora"](r=2, num_experts=4, router_init_range=2.0, router_aux_loss_coef=1.0)
+    config = JobConfig(name="x", method=method, batch_size=2, micro_batch_size=1, num_epochs=1)
+    model = multi()
+    model.add_adapter("x", method)
+    apart = [float(model(Batch.pack([Row(s.input_ids, s.labels, "x")]))["x"].aux_loss) for s in rows]
+    assert abs(apart[0] - apart[1]) > 1e-2
+    job = Job(config, rows, model, 5)
+    train(model, [job], None, lambda stepped: False)
+    assert job.measured["aux_loss"] == pytest.approx((3 * apart[0] + 40 * apart[1]) / 43, rel=1e-5)
 
 
 @pytest.mark.parametrize("stops", [(7, 23), (1, 2, 40), (3, 60, 61, 62)])
