@@ -10,7 +10,7 @@ import torch
 from mlora.adapters.lora import LoraConfig
 from mlora.export.merge import merged
 from mlora.export.refusal import refusal
-from mlora.export.source import Source, adapter_of, probe
+from mlora.export.source import NAME, Source, probe
 from mlora.export.tokenizer import write_tokenizer
 from mlora.model import card, load
 from mlora.model.errors import ModelError
@@ -47,7 +47,7 @@ def write(source: Source, folder: Path, title: str, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def merge_linears(model: MultiAdapterModel, config: LoraConfig) -> None:
     """Merge the adapter's updates of single linear layers into their frozen weights; experts stay as they are."""
-    for path, tensors in adapter_of(model).tensors.items():
+    for path, tensors in model.adapter_module(NAME).tensors.items():
         site = model.sites.linears.get(path)
         if site is not None and tensors["lora_A"].ndim == 2:
             site.module.weight.copy_(merged(site.module.weight, tensors, config))  # type: ignore[operator, arg-type]

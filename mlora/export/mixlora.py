@@ -14,7 +14,7 @@ import torch
 
 from mlora.adapters.mixlora import MixLoraConfig
 from mlora.export.refusal import refusal
-from mlora.export.source import Source, adapter_of
+from mlora.export.source import NAME, Source
 from mlora.model import card, files, load
 from mlora.model.errors import ModelError
 from mlora.model.multi import MultiAdapterModel
@@ -44,7 +44,7 @@ def write(source: Source, folder: Path, title: str) -> None:
     family = model.hf_model.config.model_type
     if family not in FAMILIES:
         raise refusal("mixlora", method, f"the package knows no {family} models, only {', '.join(FAMILIES)}")
-    adapted = {path.rpartition(".")[2] for path in adapter_of(model).tensors if path in model.sites.linears}
+    adapted = {path.rpartition(".")[2] for path in model.adapter_module(NAME).tensors if path in model.sites.linears}
     if not adapted <= MODULES:
         raise refusal("mixlora", method, f"the package knows no {', '.join(sorted(adapted - MODULES))}")
     config = {

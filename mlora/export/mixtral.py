@@ -30,7 +30,7 @@ from mlora.adapters.mixlora import MixLoraConfig
 from mlora.export.merge import merged
 from mlora.export.merged import EXACT, merge_linears
 from mlora.export.refusal import refusal
-from mlora.export.source import Source, adapter_of, probe, probe_ids
+from mlora.export.source import NAME, Source, probe, probe_ids
 from mlora.export.tokenizer import write_tokenizer
 from mlora.model import card, load
 from mlora.model.errors import ModelError
@@ -179,7 +179,7 @@ def _shards(model: MultiAdapterModel, method: MixLoraConfig, target: Target) -> 
     yield kept
     for path, block in blocks.items():
         place = f"{path.rpartition('.')[0]}.{target.block}"
-        tensors = adapter_of(model).tensors
+        tensors = model.adapter_module(NAME).tensors
         shard: dict[str, Tensor] = {f"{place}.gate.weight": tensors[path]["router"]}
         for expert in range(method.num_experts):
             weights = _expert(block, tensors, method, expert)

@@ -15,7 +15,6 @@ from mlora.model.multi import MultiAdapterModel
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mlora.model.adapter import Adapter
 
 NAME = "adapter"
 """What the adapter is called in the models below."""
@@ -77,12 +76,6 @@ class Source:
         """Return what the adapter's card says of its training that holds for what is written from it."""
         datasets = card.read(self.folder)[0].get("datasets")
         return card.Making(tuple(map(str, datasets)) if isinstance(datasets, list) else ())
-
-
-def adapter_of(model: MultiAdapterModel) -> Adapter:
-    """Return the adapter that a source put into a model."""
-    adapter: Adapter = model.adapter_modules[NAME]  # type: ignore[assignment]
-    return adapter
 
 
 def probe_ids(vocabulary: int) -> Tensor:

@@ -67,6 +67,8 @@ class MixLoraModelForCausalLM:
         multi = MultiAdapterModel(model, origin)
         multi.load_adapter(folder, adapter_name, allow_pickle)
         multi.scope.default = adapter_name
+        if multi.adapters[adapter_name].counts_tokens and model.generation_config is not None:
+            model.generation_config.use_cache = False  # a cached step would not know what came before it
         # a part of the model, so that it moves between devices with it
         model.add_module("mlora_adapters", multi.adapter_modules.requires_grad_(False))
         model.save_pretrained = _refuse_to_save

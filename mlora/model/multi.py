@@ -185,7 +185,7 @@ class MultiAdapterModel(nn.Module):
 
     def restore_adapter(self, name: str, tensors: dict[str, Tensor], source: str) -> None:
         """Set an adapter's tensors, all of them, from tensors named as in a file; `source` names it in errors."""
-        self._adapter(name).load_file_tensors(tensors, source)
+        self.adapter_module(name).load_file_tensors(tensors, source)
 
     def train_as(self, name: str, method: Method) -> None:
         """Go on training a loaded adapter with a config's settings.
@@ -193,7 +193,7 @@ class MultiAdapterModel(nn.Module):
         Raises:
             ModelError: they differ in what the adapter computes, not only in how it is trained.
         """
-        adapter = self._adapter(name)
+        adapter = self.adapter_module(name)
         before, now = (m.model_dump(exclude={*_TRAINING_ONLY, "target_modules"}) for m in (adapter.method, method))
         other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if other or adapter.method.method != method.method:
@@ -211,30 +211,31 @@ class MultiAdapterModel(nn.Module):
             path: of the folder, made where absent.
             making: how it was trained, for the card.
         """
-        adapter, base = self._adapter(name), self.origin
+        adapter, base = self.adapter_module(name), self.origin
         files.write(
             Path(path), adapter.method.as_saved(), adapter.file_tensors(), base.given, base.revision, name, making
         )
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; its memory returns once nothing else refers to its tensors."""
-        self._adapter(name)
+        self.adapter_module(name)
         del self._adapters[name], self.adapter_modules[_module_name(name)]
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """Return an adapter's tensors, named and shaped as in its saved file."""
-        return self._adapter(name).file_tensors()
+        return self.adapter_module(name).file_tensors()
 
     def adapter_gradients(self, name: str) -> dict[str, Tensor]:
         """Return the gradients of an adapter's tensors, named and shaped as in its saved file."""
-        return self._adapter(name).file_gradients()
+        return self.adapter_module(name).file_gradients()
 
     def adapter_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
         """Return (declared name, parameter) of every trainable tensor, stacked ones whole."""
-        adapter = self._adapter(name)
+        adapter = self.adapter_module(name)
         return adapter.trainable()
 
-    def _adapter(self, name: str) -> Adapter:
+    def adapter_module(self, name: str) -> Adapter:
+        """Return the tensors and the sites of an adapter."""
         if name not in self._adapters:
             known = ", ".join(self._adapters) or "none"
             raise ModelError(f"adapter {name!r} is not loaded; loaded: {known}")
@@ -414,7 +415,7 @@ class MultiAdapterModel(nn.Module):
         for span in batch.spans:
             keys = None
             if span.adapter is not None:
-                self._adapter(span.adapter)
+                self.adapter_module(span.adapter)
                 if training:
                     inside = slice(span.start, span.stop)
                     step = batch.steps.get(span.adapter, 0)
