@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # An index of torch builds other than pip's own, say https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# Of `make bench`: tiny, 135m or 7b
+SHAPE ?= tiny
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 # Tests run in parallel processes; more threads in each only contend.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup demo test test-all check format bench docs
+.PHONY: setup demo test test-all check format bench
 
 setup: $(INSTALLED)
 
@@ -39,7 +41,4 @@ format: setup
 	$(BIN)/ruff check --fix
 
 bench: setup
-	$(BIN)/python -m benchmarks
-
-docs: setup
-	$(BIN)/python -m docs
+	$(BIN)/python -m benchmarks.step $(SHAPE)

@@ -190,6 +190,7 @@ class _ExpertLayer:
 
     def __init__(self, config: LoraConfig, site: LinearSite, p: Tensors | None) -> None:
         self.config, self.site, self.p = config, site, p
+        self._factor: Tensor | None = None
 
     @property
     def rescales(self) -> bool:
@@ -215,6 +216,11 @@ class _ExpertLayer:
         update = self.expand(ops.select_expert(codes, expert), frozen)
         if not self.config.use_dora:
             return frozen + update
-        a, b, magnitude = (self.p[name] for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
-        factor = magnitude / ops.dora_norm(self.site.module, a, b, self.config.scaling)
-        return ops.rescale(frozen, update, factor[expert], self.site.bias)
+        return ops.rescale(frozen, update, self._dora_factor(self.p)[expert], self.site.bias)
+
+    def _dora_factor(self, p: Tensors) -> Tensor:
+        """Return m / n of every expert [E, O], computed once for all choices."""
+        if self._factor is None:
+            norm = ops.dora_norm(self.site.module, p["lora_A"], p["lora_B"], self.config.scaling)
+            self._factor = p["lora_magnitude_vector"] / norm
+        return self._factor
