@@ -55,18 +55,27 @@ def outcome(base: Path, device: str, dtype: str, recompute: bool = False) -> dic
     }
 
 
-@pytest.mark.parametrize(("dtype", "recompute"), [("float32", False), ("float32", True), ("bfloat16", False)])
-def test_gpu_equals_cpu(base: Path, dtype: str, recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gpu_equals_cpu(base: Path, recompute: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    expected, found = outcome(base, "cpu", "float32"), outcome(base, "cuda", dtype, recompute)
-    tolerance = 2e-4 if dtype == "float32" else 0.1
+    expected, found = outcome(base, "cpu", "float32"), outcome(base, "cuda", "float32", recompute)
     for name, (loss, aux, gradients) in expected.items():
-        assert found[name][0] == pytest.approx(loss, rel=tolerance / 10), name
-        assert found[name][1] == pytest.approx(aux, rel=tolerance), name
+        assert found[name][0] == pytest.approx(loss, rel=2e-5), name
+        assert found[name][1] == pytest.approx(aux, rel=2e-4), name
         largest = max(g.norm() for g in gradients.values())
         for key, gradient in gradients.items():
             difference = (found[name][2][key] - gradient).norm()
-            assert difference <= tolerance * max(gradient.norm(), 0.2 * largest), f"{name} {key}"
+            assert difference <= 2e-4 * max(gradient.norm(), 0.2 * largest), f"{name} {key}"
+
+
+def test_bf16_points_where_float32_does(base: Path) -> None:
+    """Tensor by tensor they cannot agree: a token near a tie goes to another expert in bf16."""
+    expected, found = outcome(base, "cpu", "float32"), outcome(base, "cuda", "bfloat16")
+    for name, (loss, _, gradients) in expected.items():
+        assert found[name][0] == pytest.approx(loss, rel=1e-2), name
+        one, other = (torch.cat([g[key].float().flatten() for key in gradients]) for g in (gradients, found[name][2]))
+        assert torch.cosine_similarity(one, other, dim=0) > 0.97, name
+        assert other.norm().item() == pytest.approx(one.norm().item(), rel=0.1), name
 
 
 def test_a_whole_run_on_the_gpu(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
