@@ -140,18 +140,21 @@ def load_model(
         attention: transformers' name of an attention implementation.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     keywords = origin.keywords | {"config": config, "dtype": dtype, "attn_implementation": attention}
     if quantization is not None:
         keywords |= {"quantization_config": _quantization(quantization, dtype), "device_map": {"": device}}
     with _explained(origin):
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(origin.folder, **keywords)
+            model, found = _load_checked(origin, keywords)
         except KeyError as error:  # older families look attention up in a table of their own
             if error.args != (attention,):
                 raise
-            model = AutoModelForCausalLM.from_pretrained(origin.folder, **keywords | {"attn_implementation": "eager"})
+            model, found = _load_checked(origin, keywords | {"attn_implementation": "eager"})
+    missing = sorted(found.get("missing_keys", ()))
+    if missing:  # transformers fills them with random values and goes on
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(f"--base_model {origin.given}: its files lack weights of {type(model).__name__}: {shown}")
     if quantization is None:
         model = model.to(device)
     model.requires_grad_(False).eval()
@@ -161,6 +164,14 @@ def load_model(
             # gradients to the layers below would be silently wrong. The flag changes nothing else of a linear layer.
             module.training = True
     return model
+
+
+def _load_checked(origin: Origin, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the model, and what transformers found and did not find in its files."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(origin.folder, output_loading_info=True, **keywords)
+    return loaded
 
 
 def load_as_asked(origin: Origin, *arguments: Any, **keywords: Any) -> PreTrainedModel:

@@ -162,6 +162,17 @@ def test_wrong_arguments_name_what_is_allowed(tmp_path: Path) -> None:
         load.find(str(tmp_path / "empty"))
 
 
+def test_a_base_model_without_all_of_its_weights_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tinybase.save(tmp_path / "b")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="lack weights of LlamaForCausalLM: model.layers.1.mlp.down_proj.weight"):
+        MultiAdapterModel.from_pretrained(str(folder))
+
+
 def test_names_are_checked_before_anything_happens() -> None:
     model = multi()
     for name in ("../up", "/abs", ".hidden", "a/b", "con", "x" * 65, ""):
