@@ -9,7 +9,6 @@ Paper: https://arxiv.org/abs/2312.09979
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -17,24 +16,21 @@ from pydantic import Field
 from mlora import ops
 from mlora.adapters.base import Init, LinearSite, Segment, Tensors, register
 from mlora.adapters.lora import LowRank
+from mlora.adapters.routed import Routed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class RoutedLowRank(LowRank):
+class RoutedLowRank(Routed, LowRank):
     """Single linear layers with LoRA experts and a router of their own."""
 
     lora_init: Literal["original", "gaussian"] = "original"
     """Distribution of A at the start: "original" is kaiming uniform with a = sqrt(5), "gaussian" normal(0, 1/r)."""
-    num_experts: int = Field(8, ge=1)
-    """Experts of each layer that has a router."""
     router_init_range: float = Field(5.0, ge=0)
     """The router starts kaiming uniform with a = sqrt(router_init_range)."""
     router_loss: bool = False
     """Whether the load balancing loss is trained."""
-    router_aux_loss_coef: float = Field(0.001, ge=0)
-    """Coefficient of the load balancing loss."""
 
     def routed(self, site: LinearSite) -> bool:
         """Return whether a layer has experts, rather than one plain update."""
@@ -58,18 +54,6 @@ class RoutedLowRank(LowRank):
         codes = ops.reduce(segment.dropout(x, self.lora_dropout, site.path), p["lora_A"])
         codes = codes * self.weights(logits)[..., None].to(codes.dtype)
         return out + ops.expand(codes, p["lora_B"], self.scaling).to(out.dtype)
-
-    def aux_loss(self, router_logits: Sequence[Tensor]) -> Tensor | None:
-        if not self.router_loss or not router_logits:
-            return None
-        import torch
-
-        logits = torch.cat(list(router_logits))
-        return self.router_aux_loss_coef * ops.balance_loss(logits.softmax(-1), self.chosen(logits))
-
-    def chosen(self, logits: Tensor) -> Tensor:
-        """Return [n, E], 1 where the balance loss counts an expert as chosen."""
-        return ops.multi_hot(*ops.top_k_routing(logits, 1), self.num_experts)
 
 
 @register("loramoe")

@@ -10,32 +10,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field, ValidationInfo, field_validator
-
 from mlora import ops
 from mlora.adapters.base import Segment, register
 from mlora.adapters.mixture import Mixture, Routes
+from mlora.adapters.routed import TopK
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @register("mixlora")
-class MixLoraConfig(Mixture):
+class MixLoraConfig(TopK, Mixture):
     """Top-k routed LoRA experts in every feed-forward block, plain LoRA on targeted attention layers."""
-
-    top_k: int = Field(2, ge=1, validate_default=True)
-    """Experts that compute each token."""
-
-    @field_validator("top_k")
-    @classmethod
-    def _at_most_all(cls, value: int, info: ValidationInfo) -> int:
-        if value > info.data.get("num_experts", value):
-            raise ValueError(f"expected at most num_experts ({info.data['num_experts']})")
-        return value
 
     def route(self, logits: Tensor, segment: Segment) -> Routes:
         return Routes(*ops.top_k_routing(logits, self.top_k))
-
-    def chosen(self, logits: Tensor) -> Tensor:
-        return ops.multi_hot(*ops.top_k_routing(logits, self.top_k), self.num_experts)

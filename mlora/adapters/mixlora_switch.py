@@ -67,9 +67,6 @@ class MixLoraSwitchConfig(Mixture):
         y = yield from self.mix(x, routed, p, experts, site, segment)
         return segment.dropout(y, self.ffn_dropout, f"{site.path}.ffn_dropout")
 
-    def chosen(self, logits: Tensor) -> Tensor:
-        return ops.multi_hot(*ops.top_k_routing(logits, 1), self.num_experts)
-
     def aux_loss(self, router_logits: Sequence[Tensor]) -> Tensor | None:
         import torch
 

@@ -12,7 +12,7 @@ Shapes: n tokens, D hidden, I intermediate, r rank, E experts, k choices per tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlora import ops
 from mlora.adapters.base import BlockSite, BlockSteps, Init, LinearSite, Segment, Tensors
 from mlora.adapters.lora import LoraConfig
+from mlora.adapters.routed import Routed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ class Routes(NamedTuple):
     overflow: Tensor | None = None
 
 
-class Mixture(LoraConfig):
+class Mixture(Routed, LoraConfig):
     """Routed LoRA experts in every feed-forward block, plain LoRA on targeted attention layers."""
 
     peft_type: ClassVar[str] = "MIXLORA"
@@ -66,16 +67,10 @@ class Mixture(LoraConfig):
 
     lora_init: Literal["original", "gaussian"] = "original"
     """Distribution of A at the start: "original" is kaiming uniform with a = sqrt(5), "gaussian" normal(0, 1/r)."""
-    num_experts: int = Field(8, ge=1)
-    """Experts in each feed-forward block."""
     router_init_range: float = Field(0.02, ge=0)
     """Standard deviation of the router's initial weights."""
     jitter_noise: float = Field(0.0, ge=0, lt=1)
     """In training, the block's input is multiplied by uniform(1 - jitter_noise, 1 + jitter_noise)."""
-    router_loss: bool = True
-    """Whether the auxiliary losses of the router are trained."""
-    router_aux_loss_coef: float = Field(0.001, ge=0)
-    """Coefficient of the load balancing loss."""
     act_fn: str | None = None
     """Activation of the experts by transformers' name, e.g. "silu"; the base model's own where left out."""
     expert_lora: ExpertLora | None = None
@@ -164,18 +159,6 @@ class Mixture(LoraConfig):
         for (expert, weight), h, out in zip(choices, hidden, outs.chunk(len(hidden)), strict=True):
             y = y + weight * down.out(out, down.codes(h, segment.fold(expert)), expert)
         return y
-
-    def chosen(self, logits: Tensor) -> Tensor:
-        """Return [n, E], 1 where the balance loss counts an expert as chosen."""
-        raise NotImplementedError
-
-    def aux_loss(self, router_logits: Sequence[Tensor]) -> Tensor | None:
-        if not self.router_loss or not router_logits:
-            return None
-        import torch
-
-        logits = torch.cat(list(router_logits))
-        return self.router_aux_loss_coef * ops.balance_loss(logits.softmax(-1), self.chosen(logits))
 
 
 class _Choice(NamedTuple):

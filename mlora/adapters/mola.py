@@ -9,32 +9,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field, ValidationInfo, field_validator
-
 from mlora import ops
 from mlora.adapters.base import LinearSite, register
 from mlora.adapters.loramoe import RoutedLowRank
+from mlora.adapters.routed import TopK
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @register("mola")
-class MolaConfig(RoutedLowRank):
+class MolaConfig(TopK, RoutedLowRank):
     """Top-k routed LoRA experts at each targeted linear layer."""
 
     peft_type: ClassVar[str] = "MOLA"
     file_prefix: ClassVar[str] = "mola"
-
-    top_k: int = Field(2, ge=1, validate_default=True)
-    """Experts that compute each token."""
-
-    @field_validator("top_k")
-    @classmethod
-    def _at_most_all(cls, value: int, info: ValidationInfo) -> int:
-        if value > info.data.get("num_experts", value):
-            raise ValueError(f"expected at most num_experts ({info.data['num_experts']})")
-        return value
 
     def routed(self, site: LinearSite) -> bool:
         return True
@@ -42,6 +31,3 @@ class MolaConfig(RoutedLowRank):
     def weights(self, logits: Tensor) -> Tensor:
         weights, experts = ops.top_k_routing(logits, self.top_k)
         return weights.new_zeros(logits.shape).scatter(1, experts, weights)
-
-    def chosen(self, logits: Tensor) -> Tensor:
-        return ops.multi_hot(*ops.top_k_routing(logits, self.top_k), self.num_experts)

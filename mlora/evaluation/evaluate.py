@@ -90,8 +90,9 @@ def check(examinations: Iterable[Examination], tokenizer: Any, cutoff_len: int) 
         shortened = 0
         for question in load_questions(task.name, group[0].data, limit=group[0].limit):
             encoded = encode_choices(tokenizer, question, task.protocol, cutoff_len)
-            whole = encode_choices(tokenizer, question, task.protocol, sys.maxsize)
-            shortened += len(encoded.prompt_ids) < len(whole.prompt_ids)
+            if len(encoded.prompt_ids) + max(map(len, encoded.choice_ids)) == cutoff_len:
+                whole = encode_choices(tokenizer, question, task.protocol, sys.maxsize)
+                shortened += len(encoded.prompt_ids) < len(whole.prompt_ids)
         if shortened:
             log.warning("%s: cutoff_len %d shortens %d of its evaluation prompts", task.name, cutoff_len, shortened)
 
