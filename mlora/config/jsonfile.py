@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,21 @@ def parse_json(text: str, source: str) -> Any:
     return value
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: Any, indent: int = 4) -> None:
     """Write a JSON file in one step: whoever reads it finds the old content or the new."""
-    path = Path(path)
+    write_atomically(Path(path), json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or nothing: a temporary file beside it, synced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # not mkstemp: what it makes is closed to everyone but its owner
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        text = json.dumps(value, indent=4, ensure_ascii=False) + "\n"
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair, as JSON escapes it
+        with temporary.open("xb") as file:
+            file.write(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair, as JSON escapes it
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
+from mlora.config.job import CASUAL
 from mlora.data.errors import DataError
-from mlora.data.instructions import CASUAL, encode_instruction
+from mlora.data.instructions import encode_instruction
 from mlora.data.prompts import find_prompt
 from mlora.data.readers import SourceRow
 from mlora.data.sources import Split, instruction_rows, split_paths, task_rows

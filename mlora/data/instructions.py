@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mlora.config.job import CASUAL
 from mlora.data.errors import DataError
 from mlora.data.prompts import PromptTemplate
 from mlora.data.tokenize import Sample, Span, encode_spans
@@ -19,7 +20,6 @@ from mlora.tasks import Row, RowError, fields
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CASUAL = "casual"
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 

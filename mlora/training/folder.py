@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import secrets
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -15,29 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mlora.config import ConfigError, Problem
+from mlora.config.jsonfile import write_atomically, write_json
 
 PACKAGES = ("mlora", "torch", "transformers", "datasets", "accelerate", "safetensors", "bitsandbytes", "peft")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a temporary file beside it, synced, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # not mkstemp: what it makes is closed to everyone but its owner
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 class RunFolder:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from mlora.config import ConfigError, JobConfig, Problem, RunConfig, RunOptions, load_config, resolved
+from mlora.config.job import CASUAL
+from mlora.config.jsonfile import write_json
 from mlora.data import (
     Sample,
     Samples,
@@ -32,7 +34,7 @@ from mlora.report.progress import Progress, Rows
 from mlora.report.table import results_table
 from mlora.tasks import find_task
 from mlora.training import checkpoint
-from mlora.training.folder import RunFolder, command_line, write_json
+from mlora.training.folder import RunFolder, command_line
 from mlora.training.heldout import HeldOut, split
 from mlora.training.job import MAX_SKIPPED, Job
 from mlora.training.plan import Plan, PlannedJob
@@ -41,8 +43,6 @@ from mlora.training.trainer import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-CASUAL = "casual"
 
 log = logging.getLogger(__name__)
 
