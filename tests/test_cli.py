@@ -17,7 +17,10 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from mlora import cli
+from mlora.cli import start
+from mlora.cli.config import OVERRIDES
+from mlora.cli.program import program
+from mlora.cli.run import train
 from mlora.config import RunOptions
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +46,7 @@ def launch(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]
 
 
 def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.program, list(arguments))
+    return CliRunner().invoke(program, list(arguments))
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, 
         calls.append((command, environment))
         return 7
 
-    monkeypatch.setattr(cli, "_wait", record)
+    monkeypatch.setattr(start, "wait", record)
     return calls
 
 
@@ -92,7 +95,7 @@ def test_alone_it_tells_the_five_steps() -> None:
 
 
 def commands() -> list[str]:
-    return list(cli.program.commands)
+    return list(program.commands)
 
 
 @pytest.mark.parametrize("command", ["", *commands()])
@@ -102,26 +105,24 @@ def test_help_fits_80_columns(command: str) -> None:
 
 
 def test_flags_are_the_fields_of_the_options() -> None:
-    assert {option.name for option in cli.train.params} == {field.name for field in fields(RunOptions)}
-    given = cli.train.make_context("train.py", ["--base_model", "m"]).params
+    assert {option.name for option in train.params} == {field.name for field in fields(RunOptions)}
+    given = train.make_context("train.py", ["--base_model", "m"]).params
     assert RunOptions(**given) == RunOptions(base_model="m")
 
 
 @pytest.mark.parametrize(("words", "value"), [([], False), (["--tf32"], True), (["--tf32", "True"], True)])
 def test_truth_values(words: list[str], value: bool) -> None:
     for arguments in [["--base_model", "m", *words], [*words, "--base_model", "m"]]:
-        assert cli.train.make_context("train.py", arguments).params["tf32"] is value
+        assert train.make_context("train.py", arguments).params["tf32"] is value
     for off in ["false", "False"]:
-        assert (
-            cli.train.make_context("train.py", ["--base_model", "m", "--use_cache", off]).params["use_cache"] is False
-        )
+        assert train.make_context("train.py", ["--base_model", "m", "--use_cache", off]).params["use_cache"] is False
 
 
 def test_options_survive_being_passed_on() -> None:
     options = RunOptions(
         "-odd name; $(id)", config="a b.json", use_cache=False, tf32=True, limit=3, dtype="bf16", debug=True
     )
-    assert RunOptions(**cli.train.make_context("train.py", options.arguments()).params) == options
+    assert RunOptions(**train.make_context("train.py", options.arguments()).params) == options
 
 
 def test_the_seed_files_commands() -> None:
@@ -140,7 +141,7 @@ def test_every_flag_of_gen_changes_the_file() -> None:
         return json.loads(Path("mlora.json").read_text())
 
     values = {int: "4", float: "5", str: "alpaca", bool: "True"}
-    for flag, key, kind, _ in cli._OVERRIDES:
+    for flag, key, kind, _ in OVERRIDES:
         if flag == "use_dora":  # a key of its method, once that is registered
             continue
         value = "linear" if flag == "lr_scheduler" else values[kind]
@@ -256,7 +257,7 @@ time.sleep(30)
 
 def start_fake(tmp_path: Path, *arguments: str) -> subprocess.Popen[bytes]:
     Path("train.py").write_text(PROGRAM)
-    code = f"from pathlib import Path; from mlora import cli; cli.ROOT = Path({str(tmp_path)!r}); cli.main()"
+    code = f"from pathlib import Path; from mlora.cli import main, start; start.ROOT = Path({str(tmp_path)!r}); main()"
     command = [sys.executable, "-c", code, "run", "--base_model", "m", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, start_new_session=True)
@@ -280,5 +281,5 @@ def test_signals_reach_the_program_once(tmp_path: Path, number: int, whole_group
 
 
 def test_no_command_is_hidden_from_the_story() -> None:
-    assert isinstance(cli.program, click.Group)
+    assert isinstance(program, click.Group)
     assert {"gen", "run", "avail", "schema", "help", "demo"} <= set(commands())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mlora import cli
+from mlora.cli.program import program
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -33,6 +33,6 @@ def test_the_commands_that_write_configs(tmp_path: Path, monkeypatch: pytest.Mon
     commands = re.findall(r"^python launch\.py (gen .*)$", README, flags=re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
-        result = CliRunner().invoke(cli.program, shlex.split(command))
+        result = CliRunner().invoke(program, shlex.split(command))
         assert result.exit_code == 0, result.output
         assert Path("mlora.json").exists()

@@ -1,0 +1,9 @@
+"""The command line: launch.py, train.py, generate.py and the installed `mlora`. Imports neither torch nor transformers.
+
+A command is one function in the file of its group, which is imported here.
+"""
+
+from mlora.cli import config, export, run  # noqa: F401  each registers its commands
+from mlora.cli.program import main
+
+__all__ = ["main"]

@@ -1,0 +1,100 @@
+"""Config files: writing one, and what can stand in it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from mlora.cli.options import all_of, option
+from mlora.cli.program import program
+from mlora.config.templates import template_names
+
+OVERRIDES = [
+    ("cutoff_len", "cutoff_len", int, "Longest sequence in tokens; -1: the model's maximum."),
+    ("save_step", "save_step", int, "Optimizer steps between checkpoints."),
+    ("prompt_template", "prompt", str, "Prompt template of instruction data."),
+    ("lr_scheduler", "scheduler_type", str, "Schedule, by transformers' name."),
+    ("warmup_steps", "warmup_steps", float, "Steps in which the learning rate rises."),
+    ("learning_rate", "lr", float, "Learning rate."),
+    ("loraplus_lr_ratio", "loraplus_lr_ratio", float, "Learning rate of B over that of A."),
+    ("batch_size", "batch_size", int, "Sequences of an optimizer step."),
+    ("micro_batch_size", "micro_batch_size", int, "Sequences of a forward pass."),
+    ("evaluate_batch_size", "evaluate_batch_size", int, "Rows of a forward pass in evaluation."),
+    ("evaluate_steps", "evaluate_steps", int, "Optimizer steps between evaluations."),
+    ("num_epochs", "num_epochs", int, "Passes over the data."),
+    ("use_dora", "use_dora", bool, "Weight-decomposed updates (DoRA)."),
+    ("use_rslora", "use_rslora", bool, "Rank-stabilised scaling (rsLoRA)."),
+    ("group_by_length", "group_by_length", bool, "Draw sequences of similar length together."),
+]
+"""Flags of `gen` that replace a value of the template: flag, key, type, help."""
+
+
+@program.command()
+@option("template", f"One of {', '.join(template_names())}, or a file.", required=True)
+@option("tasks", 'Task names, paths or hub ids, joined by ";".', required=True)
+@option("adapter_name", "Stem of the adapters' names. [default: the task's]")
+@option("file_name", "File to write.", default="mlora.json", show_default=True)
+@option("data_path", 'Local data: one path for each task, joined by ";", or one folder.')
+@option("multi_task", "One adapter for the mixture of the tasks.", bool, default=False)
+@option("append", "Add to the file rather than replace it.", bool, default=False)
+@all_of([option(flag, help, kind) for flag, _, kind, help in OVERRIDES])
+def gen(
+    template: str,
+    tasks: str,
+    adapter_name: str | None,
+    file_name: str,
+    data_path: str | None,
+    multi_task: bool,
+    append: bool,
+    **flags: Any,
+) -> None:
+    """Write a config file from a template and task names.
+
+    Flags below --append replace the template's values.
+    """
+    from mlora.config.generate import generate
+
+    config = generate(
+        template,
+        tasks,
+        file_name,
+        adapter_name=adapter_name,
+        data_path=data_path,
+        multi_task=multi_task,
+        append=append,
+        overrides={key: flags[flag] for flag, key, _, _ in OVERRIDES},
+    )
+    click.echo(f"Wrote {file_name}:")
+    for job in config.lora:
+        data = "" if job.data is None else f", data {job.data}"
+        click.echo(f"  {job.name}: {job.method.method} on {job.task_name}{data}")
+    option = "" if file_name == "mlora.json" else f" --config {file_name}"
+    click.echo(f"Next: python launch.py run --base_model BASE_MODEL{option}")
+
+
+@program.command()
+def avail() -> None:
+    """List tasks, methods and templates."""
+    from mlora.adapters import METHODS
+    from mlora.tasks import TASKS
+
+    rows = [("TASK", "PROTOCOL", "METRIC", "VERSION", "DATA")]
+    for name, task in sorted(TASKS.items(), key=lambda item: (item[1].protocol, item[0])):
+        hub = task.source.hub if task.source.subset is None else f"{task.source.hub}:{task.source.subset}"
+        rows.append((name, task.protocol, ", ".join(task.metrics), str(task.version), hub))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row, widths, strict=False)]
+        click.echo("  ".join([*cells, row[-1]]))
+    click.echo(f"\nMethods:   {', '.join(METHODS)}")
+    click.echo(f"Templates: {', '.join(template_names())}")
+
+
+@program.command()
+def schema() -> None:
+    """Print the JSON Schema of config files, for editors."""
+    from mlora.config.schema import file_schema
+
+    click.echo(json.dumps(file_schema(), indent=2))

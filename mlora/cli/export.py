@@ -1,0 +1,34 @@
+"""Other programs' forms of an adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mlora.cli.options import DTYPES, base_model, base_source, option
+from mlora.cli.program import program
+
+
+@program.command(name="export")
+@option("format", "Form to write.", click.Choice(["peft", "mixlora", "mixtral", "merged"]), required=True)
+@base_model
+@option("adapter", "Folder of the adapter.", required=True)
+@option("output", "Folder to write.", required=True)
+@option("dtype", "Of a written model. [default: fp32]", DTYPES)
+@base_source
+@option("overwrite", "Replace an earlier export.", bool, default=False)
+@click.pass_context
+def export_(ctx: click.Context, **flags: Any) -> None:
+    r"""Write a saved adapter in the form of another program.
+
+    \b
+    peft     LoRA, rsLoRA and DoRA, for PEFT and vLLM
+    merged   the same, merged into the base: a plain transformers model
+    mixlora  top-k MixLoRA, for the public package mixlora 0.2.3
+    mixtral  top-k MixLoRA and its base as a stock mixture of experts:
+             Mixtral from Llama and Mistral, Qwen3-MoE from Qwen3
+    """
+    from mlora.export import main as export_main
+
+    ctx.exit(export_main(**flags))

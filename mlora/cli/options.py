@@ -1,0 +1,46 @@
+"""Flags, spelt with underscores as in the predecessors.
+
+A truth value may be given as `--flag`, `--flag True` or `--flag false`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+Decorator = Callable[[_Command], _Command]
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
+"""Settings of every program."""
+DTYPES = click.Choice(["bf16", "fp16", "fp32"])
+
+
+def option(flag: str, help: str, kind: Any = str, **settings: Any) -> Decorator:
+    """Return the decorator that gives a command a flag; `kind` and `settings` are click's."""
+    if kind is bool:  # click's own flags take no value
+        settings = {"is_flag": False, "flag_value": "True", "metavar": "[True|False]"} | settings
+    return click.option(f"--{flag}", type=kind, help=help, **settings)
+
+
+def all_of(decorators: Sequence[Decorator]) -> Decorator:
+    """Return the decorator that gives a command several flags."""
+
+    def decorate(command: _Command) -> _Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+base_model = option("base_model", 'Local folder, hub id, GGUF file, or "smollm2".', required=True)
+base_source = all_of(
+    [
+        option("revision", "Of the base model on the hub."),
+        option("trust_remote_code", "Run code from the model's repository.", bool, default=False),
+    ]
+)
+"""Where a base model comes from, besides its name."""
