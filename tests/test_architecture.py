@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "evaluation": {"model", "data", "tasks"},
     "export": {"model", "config", "adapters", "ops"},
     "generation": {"model", "data"},
-    "training": {"generation", "evaluation", "report", "model", "data", "tasks", "config", "adapters"},
-    "cli": {"generation", "training", "export", "config", "tasks", "adapters", "report", "data"},
+    "training": {"model", "data", "config", "adapters"},
+    "runs": {"training", "evaluation", "report", "model", "data", "tasks", "config", "adapters"},
+    "cli": {"generation", "runs", "export", "config", "tasks", "adapters", "report", "data"},
     "__init__": set(),
 }
 """Rooms that the files of a room may import, besides their own."""

@@ -11,7 +11,7 @@ import torch
 from mlora import Batch, MultiAdapterModel
 from mlora.config import RunOptions
 from mlora.data.demo import write_demo_data
-from mlora.training.program import main
+from mlora.runs.program import main
 from tests import tinybase
 from tests.families import awaken, rows
 

@@ -17,8 +17,8 @@ import pytest
 
 from mlora.config import RunOptions
 from mlora.model import card
-from mlora.training import run as run_module
-from mlora.training.program import main
+from mlora.runs import assess
+from mlora.runs.program import main
 from tests import tinybase
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,12 +184,12 @@ def test_an_evaluation_that_fails_loses_nothing_else(
     here: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_config(adapter("a", num_epochs=1), adapter("b", task_name="arc_easy", num_epochs=1))
-    own = run_module.evaluate
+    own = assess.evaluate
 
     def failing(model: object, group: list, *rest: object) -> object:
         return own(model, group, *rest) if group[0].task != "boolq" else 1 / 0
 
-    monkeypatch.setattr(run_module, "evaluate", failing)
+    monkeypatch.setattr(assess, "evaluate", failing)
     assert main(RunOptions(str(base))) == 1
     shown = capsys.readouterr()
     assert "evaluation of boolq failed: ZeroDivisionError" in shown.err and "arc_easy" in shown.out

@@ -82,6 +82,6 @@ def train(**flags: Any) -> None:
     options = RunOptions(**flags)
     if options.cuda_device is not None:  # read when CUDA is first used, so before torch is
         os.environ["CUDA_VISIBLE_DEVICES"] = options.cuda_device
-    from mlora.training.program import main as train_main
+    from mlora.runs.program import main as train_main
 
     sys.exit(train_main(options))

@@ -1,1 +1,1 @@
-"""Jobs, the loop that trains them together, and what a run writes."""
+"""Jobs, the loop that trains them together, and their checkpoints."""

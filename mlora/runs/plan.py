@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from mlora.adapters import Method
-from mlora.config import JobConfig
-from mlora.data import Sample
+from mlora.config import JobConfig, RunConfig
+from mlora.data import Sample, UnreachableError
+from mlora.model import load
+from mlora.model.errors import UnreachableModelError
+from mlora.model.multi import MultiAdapterModel
 from mlora.report.table import columns
+from mlora.runs.rows import Reader
 
 
 @dataclass(frozen=True)
@@ -88,3 +96,44 @@ class Plan:
             *(("unknown" if n is None else f"{n:,}") for n in (job.rows, job.steps, job.tokens, job.parameters)),
             "unknown" if share is None else f"{100 * share:.2f}%",
         ]
+
+
+def dry_plan(
+    config: RunConfig, origin: load.Origin, dtype: str, device: str, cutoff_len: int, seed: int, files: Sequence[Path]
+) -> Plan:
+    """Plan without weights: the model as shapes only, and the data where it can be had."""
+    notes: list[str] = []
+    model = _shapes(origin, notes)
+    tokenizer = _unless_unreachable(lambda: load.load_tokenizer(origin), "rows and steps", notes)
+    reader = None if tokenizer is None else Reader(tokenizer, cutoff_len, seed)
+    jobs = []
+    for job in config.lora:
+        rows = None
+        if reader is not None:
+            rows = _unless_unreachable(partial(reader.rows_of, job), f"rows of {job.name}", notes)
+        parameters = None
+        if model is not None:
+            model.add_adapter(job.name, job.method)
+            parameters = model.num_parameters(job.name)
+        jobs.append(PlannedJob.of(job, None if rows is None else rows[0], parameters))
+    base = None if model is None else model.num_parameters(None)
+    return Plan(origin.given, dtype, device, base, jobs, files, notes)
+
+
+def _shapes(origin: load.Origin, notes: list[str]) -> MultiAdapterModel | None:
+    from transformers import AutoModelForCausalLM
+
+    config = _unless_unreachable(lambda: load.load_config(origin), "parameters", notes)
+    if config is None:
+        return None
+    with torch.device("meta"):
+        return MultiAdapterModel(AutoModelForCausalLM.from_config(config), origin)
+
+
+def _unless_unreachable(read: Callable[[], Any], what: str, notes: list[str]) -> Any:
+    """Return what is read; None, with a note, where it lies on a hub that cannot be reached."""
+    try:
+        return read()
+    except (UnreachableModelError, UnreachableError) as error:
+        notes.append(f"{what}: {error}")
+        return None

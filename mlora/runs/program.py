@@ -10,8 +10,8 @@ from pathlib import Path
 from mlora.config import ConfigError, Problem, RunOptions
 from mlora.data import DataError
 from mlora.model.errors import ModelError
+from mlora.runs.run import Run, RunError
 from mlora.tasks import UnknownTaskError
-from mlora.training.run import Run, RunError
 from mlora.training.stop import Stopped
 
 BAD_INPUT = (ConfigError, DataError, ModelError, UnknownTaskError)

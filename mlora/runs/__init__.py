@@ -1,0 +1,1 @@
+"""What the commands start: a run from config to results, its folder, its log and its exit status."""

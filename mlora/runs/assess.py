@@ -1,0 +1,65 @@
+"""Evaluating adapters in the end: what is asked of each, and every result on the disk as soon as it exists."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from mlora.config import JobConfig
+from mlora.config.job import CASUAL
+from mlora.data import split_paths, task_names
+from mlora.evaluation import Examination, by_questions, evaluate
+from mlora.model.multi import MultiAdapterModel
+from mlora.report.progress import Rows
+from mlora.runs.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def examinations(job: JobConfig) -> list[Examination]:
+    """Return what an adapter is evaluated on: each of its tasks, on the rows that published results are of."""
+    if job.task_name == CASUAL:
+        return []
+    tasks = task_names(job.task_name)
+    paths = split_paths(job.data, tasks)
+    return [
+        Examination(job.name, task, path, job.limit, job.evaluate_batch_size)
+        for task, path in zip(tasks, paths, strict=True)
+    ]
+
+
+def of_base(wanted: Sequence[Examination]) -> list[Examination]:
+    """Return examinations of the plain base model on the same questions."""
+    places = {(e.task, e.data, e.limit): e.batch_size for e in wanted}
+    return [Examination(None, *place, batch_size=size) for place, size in places.items()]
+
+
+def assess(
+    model: MultiAdapterModel,
+    wanted: Sequence[Examination],
+    folder: RunFolder,
+    cutoff_len: int,
+    simultaneously: int | None,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Evaluate, write each result as soon as it exists, and return the results and what failed.
+
+    Args:
+        model: that holds the adapters.
+        wanted: what to evaluate.
+        folder: of the results.
+        cutoff_len: tokens of a prompt and its longest choice.
+        simultaneously: adapters in one forward; None for all.
+    """
+    results: list[dict[str, Any]] = []
+    failures: list[str] = []
+    with Rows() as progress:
+        for group in by_questions(wanted):
+            try:
+                for result in evaluate(model, group, cutoff_len, simultaneously, progress.show):
+                    folder.add_result(result.as_dict())
+                    results.append(result.as_dict())
+            except Exception as error:  # whatever one task fails by, the others' results must not be lost
+                log.exception("evaluation of %s failed", group[0].task)
+                failures.append(f"evaluation of {group[0].task} failed: {type(error).__name__}: {error}")
+    return results, failures

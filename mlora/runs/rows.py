@@ -1,0 +1,81 @@
+"""The rows that jobs learn from and are held out for them, each data set read once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from mlora.config import ConfigError, JobConfig, Problem
+from mlora.config.job import CASUAL
+from mlora.data import Sample, Samples, load_training_samples, task_names
+from mlora.tasks import find_task
+from mlora.training.heldout import HeldOut, split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+class Reader:
+    """Reads the rows of jobs.
+
+    Args:
+        tokenizer: of the base model.
+        cutoff_len: tokens of a row.
+        seed: that chooses the rows which are held out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, cutoff_len: int, seed: int) -> None:
+        self.tokenizer, self.cutoff_len, self.seed = tokenizer, cutoff_len, seed
+        self._samples = lru_cache(maxsize=None)(self._read)
+
+    def rows_of(self, job: JobConfig) -> tuple[Sequence[Sample], HeldOut | None]:
+        """Return a job's training rows, and the rows held out for it.
+
+        Raises:
+            ConfigError: more rows are to be held out than there are.
+            DataError: data that is not there, or a row that cannot be used.
+        """
+        rows: Sequence[Sample] = self._training_rows(job)
+        held_out: Sequence[Sample] = ()
+        if job.eval_data is not None:
+            held_out = load_training_samples(
+                job.task_name,
+                job.eval_data,
+                self.tokenizer,
+                self.cutoff_len,
+                split=_held_out_split(job.task_name),
+                prompt=job.prompt,
+                train_on_inputs=job.train_on_inputs,
+                limit=job.limit,
+            )
+        elif job.val_set_size:
+            if job.val_set_size >= len(rows):
+                message = f"{job.val_set_size} of {len(rows)} rows leaves none"
+                raise ConfigError(f"{job.name}: val_set_size", [Problem("", message)])
+            rows, held_out = split(rows, job.val_set_size, self.seed, job.name)
+        return rows, HeldOut(job.name, held_out, job.evaluate_batch_size) if held_out else None
+
+    def _training_rows(self, job: JobConfig) -> Samples:
+        samples = self._samples(job.task_name, job.data, job.prompt, job.train_on_inputs, job.limit)
+        log.info("%s: %s", job.name, samples.report)
+        if samples.report.dropped or samples.report.truncated:
+            log.warning("%s: %s", job.name, samples.report)
+        return samples
+
+    def _read(
+        self, task: str, data: str | None, prompt: str | None, train_on_inputs: bool, limit: int | None
+    ) -> Samples:
+        return load_training_samples(
+            task, data, self.tokenizer, self.cutoff_len, prompt=prompt, train_on_inputs=train_on_inputs, limit=limit
+        )
+
+
+def _held_out_split(task_name: str) -> Literal["validation", "test"]:
+    """Return which split of `eval_data` to read: validation, or what the tasks are scored on where one has none."""
+    if task_name == CASUAL or all(find_task(name).source.validation for name in task_names(task_name)):
+        return "validation"
+    return "test"

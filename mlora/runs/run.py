@@ -1,0 +1,214 @@
+"""One run: config and data to trained adapters, results and a run folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from mlora.config import ConfigError, Problem, RunConfig, RunOptions, load_config, resolved
+from mlora.config.job import CASUAL
+from mlora.config.jsonfile import write_json
+from mlora.data import task_names
+from mlora.evaluation import Examination, check
+from mlora.model import card, files, load
+from mlora.model.multi import MultiAdapterModel
+from mlora.report.table import results_table
+from mlora.runs.answer import answer_lines
+from mlora.runs.assess import assess, examinations, of_base
+from mlora.runs.folder import RunFolder, command_line
+from mlora.runs.plan import Plan, PlannedJob, dry_plan
+from mlora.runs.rows import Reader
+from mlora.runs.session import Session
+from mlora.tasks import find_task
+from mlora.training.job import MAX_SKIPPED, Job
+
+
+class RunError(Exception):
+    """A run of which a part failed; what could be done was, and is on the disk."""
+
+
+class Run:
+    """One run from config to results.
+
+    Args:
+        options: of the command line.
+
+    Raises:
+        ConfigError: the config or the combination of flags cannot be run.
+    """
+
+    def __init__(self, options: RunOptions) -> None:
+        self.options = options
+        self.config = _limited(load_config(options.config), options.limit)
+        self.folder = RunFolder(options.dir)
+        self.origin = load.find(options.base_model, options.revision, options.trust_remote_code)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = load.DTYPES[options.dtype or ("bf16" if self.device == "cuda" else "fp32")]
+        self._require_possible()
+
+    def run(self) -> None:
+        """Do what the options ask for.
+
+        Raises:
+            RunError: a job or an evaluation failed, the others are done.
+            Stopped: a signal asked to stop.
+        """
+        options, written = self.options, self.folder.files(job.name for job in self.config.lora)
+        if options.dry_run:
+            seed = options.random_seed
+            print(dry_plan(self.config, self.origin, self.dtype, self.device, self._cutoff, seed, written))
+            return
+        _set_determinism(options)
+        training = not (options.evaluate or options.inference)
+        tokenizer = load.load_tokenizer(self.origin)
+        # all data is read before the weights are, and before anything is written
+        reader = Reader(tokenizer, self._cutoff, options.random_seed)
+        rows = [reader.rows_of(job) for job in self.config.lora] if training else []
+        if not options.inference:
+            check(self._wanted(), tokenizer, self._cutoff)
+        model = self._load_model()
+        model.use_tokenizer(tokenizer)
+        self._add_adapters(model)
+        failures: list[str] = []
+        if training:
+            jobs = [
+                Job(config, samples, model, options.random_seed, held_out)
+                for config, (samples, held_out) in zip(self.config.lora, rows, strict=True)
+            ]
+            self._train(model, jobs, written)
+            failures += [_diverged(job) for job in jobs if job.diverged]
+        if options.inference:
+            answer_lines(model, self.config, options.use_cache)
+        else:
+            failures += self._evaluate(model)
+        if failures:
+            raise RunError("\n".join(failures))
+
+    # -- before ----------------------------------------------------------------------------------------------------
+
+    def _require_possible(self) -> None:
+        names = [job.name for job in self.config.lora]
+        for name in names:
+            files.clear_leftovers(self.folder.adapter(name))
+        options = self.options
+        if options.num_gpus > 1 or os.environ.get("WORLD_SIZE", "1") != "1":
+            raise _bad("--num_gpus", "training on several GPUs is not built yet; leave it at 1")
+        for one, other in (("resume", "overwrite"), ("evaluate", "inference"), ("resume", "evaluate")):
+            if getattr(options, one) and getattr(options, other):
+                raise _bad(f"--{one}", f"cannot be combined with --{other}")
+        reading = [flag for flag in ("evaluate", "inference", "load_adapter") if getattr(options, flag)]
+        if reading:
+            missing = [str(self.folder.adapter(name)) for name in names if not self.folder.adapter(name).is_dir()]
+            if missing:
+                raise _bad(f"--{reading[0]}", f"no adapter folder {', '.join(missing)}; train it first, or set --dir")
+        elif not (options.resume or options.overwrite or options.dry_run):
+            self.folder.require_free(names)
+        self.folder.require_own(names)
+
+    @property
+    def _cutoff(self) -> int:
+        if self.config.cutoff_len != -1:
+            return self.config.cutoff_len
+        return int(load.load_config(self.origin).get_text_config().max_position_embeddings)
+
+    def _load_model(self) -> MultiAdapterModel:
+        options = self.options
+        return MultiAdapterModel.from_pretrained(
+            options.base_model,
+            dtype=self.dtype,
+            device=self.device,
+            quantization=options.quantize,
+            attn_implementation=options.attn_impl,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            seed=options.random_seed,
+            sliding_window=options.sliding_window,
+        )
+
+    def _add_adapters(self, model: MultiAdapterModel) -> None:
+        options = self.options
+        model.recompute = options.gradient_checkpointing
+        for job in self.config.lora:
+            place, method = self.folder.adapter(job.name), job.method.for_length(self._cutoff)
+            if options.evaluate or options.inference:
+                model.load_adapter(place, job.name)
+            elif options.load_adapter:
+                model.load_adapter(place, job.name)
+                model.train_as(job.name, method)
+            else:
+                model.add_adapter(job.name, method)
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def _train(self, model: MultiAdapterModel, jobs: Sequence[Job], written: Sequence[Path]) -> None:
+        options = self.options
+        if not options.resume:  # what an earlier training of these adapters has left would be taken for this one's
+            for job in jobs:
+                shutil.rmtree(self.folder.checkpoints / job.name, ignore_errors=True)
+        self.folder.begin(resolved(self.config), command_line(), asdict(options))
+        session = Session(model, jobs, self.config, self.folder, self._cutoff, self._making)
+        if options.resume:
+            session.resume()
+        elif not options.load_adapter:
+            session.forget_metrics()
+        planned = [PlannedJob.of(job.config, job.samples, model.num_parameters(job.name)) for job in jobs]
+        base = model.num_parameters(None)
+        print(Plan(options.base_model, self.dtype, self.device, base, planned, written), flush=True)
+        session.train()
+
+    def _making(self, name: str) -> card.Making:
+        job = next(job for job in self.config.lora if job.name == name)
+        tasks = [] if job.task_name == CASUAL else task_names(job.task_name)
+        data = [find_task(task).source.hub for task in tasks] if job.data is None else job.data.split(";")
+        return card.Making(tuple(data), tuple(command_line()), self.options.random_seed)
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def _wanted(self) -> list[Examination]:
+        """Return everything to be evaluated in the end."""
+        wanted = [e for job in self.config.lora for e in examinations(job)]
+        return wanted + of_base(wanted) if self.options.evaluate_base else wanted
+
+    def _evaluate(self, model: MultiAdapterModel) -> list[str]:
+        """Evaluate all adapters, show and write the results, and return what failed."""
+        simultaneously = self.config.eval_lora_simultaneously_num
+        results, failures = assess(model, self._wanted(), self.folder, self._cutoff, simultaneously)
+        for job in self.config.lora:
+            card.add_results(self.folder.adapter(job.name), [r for r in results if r["adapter"] == job.name])
+        if self.config.evaluate_result:
+            write_json(Path(self.config.evaluate_result), results)
+        none = "nothing was evaluated: instruction data has no benchmark"
+        print(results_table(results) if results else none, flush=True)
+        return failures
+
+
+def _diverged(job: Job) -> str:
+    return (
+        f"{job.name} was stopped at step {job.step}: {MAX_SKIPPED} steps in a row had no finite gradient; "
+        "its last good state is saved. A lower lr or max_grad_norm may help"
+    )
+
+
+def _limited(config: RunConfig, limit: int | None) -> RunConfig:
+    if limit is None:
+        return config
+    return config.model_copy(update={"lora": tuple(job.model_copy(update={"limit": limit}) for job in config.lora)})
+
+
+def _set_determinism(options: RunOptions) -> None:
+    torch.manual_seed(options.random_seed)
+    if options.tf32:
+        torch.set_float32_matmul_precision("high")
+    torch.autograd.set_detect_anomaly(options.debug, check_nan=options.debug)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _bad(what: str, message: str) -> ConfigError:
+    return ConfigError(what, [Problem("", message)])

@@ -1,0 +1,125 @@
+"""Jobs in training, and what is kept of them on the way: metrics, held-out measures, checkpoints, adapters."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mlora.config import ConfigError, Problem, RunConfig
+from mlora.evaluation import evaluate
+from mlora.model import card, files
+from mlora.model.multi import MultiAdapterModel
+from mlora.report.progress import Progress
+from mlora.runs.assess import examinations
+from mlora.runs.folder import RunFolder
+from mlora.training import checkpoint
+from mlora.training.job import Job
+from mlora.training.stop import Stop, Stopped
+from mlora.training.trainer import train
+
+
+class Session:
+    """The training of a run's jobs.
+
+    Args:
+        model: that holds the jobs' adapters.
+        jobs: all of the run, in the order of the config.
+        config: of the run.
+        folder: that everything is written to.
+        cutoff_len: tokens of an evaluation prompt and its longest choice.
+        making: how an adapter came to be, by name, for its card.
+    """
+
+    def __init__(
+        self,
+        model: MultiAdapterModel,
+        jobs: Sequence[Job],
+        config: RunConfig,
+        folder: RunFolder,
+        cutoff_len: int,
+        making: Callable[[str], card.Making],
+    ) -> None:
+        self.model, self.jobs, self.config, self.folder = model, jobs, config, folder
+        self.cutoff_len, self.making = cutoff_len, making
+
+    def forget_metrics(self) -> None:
+        """Drop what metrics.jsonl has of earlier trainings of the jobs."""
+        for job in self.jobs:
+            self.folder.forget_steps(job.name, job.step)
+
+    def resume(self) -> None:
+        """Bring every job back to the newest complete checkpoint.
+
+        Raises:
+            ConfigError: there was a training and none of its checkpoints can be used.
+        """
+        if not checkpoint.restore(self.folder.checkpoints, self.jobs, self.model):
+            begun = [job.name for job in self.jobs if self.folder.adapter(job.name).exists()]
+            begun += [job.name for job in self.jobs if (self.folder.checkpoints / job.name).exists()]
+            if begun:
+                message = f"no usable checkpoint of {', '.join(begun)}; --overwrite starts again from nothing"
+                raise ConfigError("--resume", [Problem("", message)])
+            print("no checkpoint yet: starts at the beginning")
+        for job in self.jobs:
+            print(f"{job.name}: goes on after step {job.step} of {job.total_steps}")
+            self.folder.forget_steps(job.name, job.step)
+            if job.done and not self.folder.adapter(job.name).exists():
+                self._finish(job)
+
+    def train(self) -> None:
+        """Train all jobs to their ends.
+
+        Raises:
+            Stopped: a signal asked to stop; a checkpoint is saved.
+        """
+        totals, done = {j.name: j.total_steps for j in self.jobs}, {j.name: j.step for j in self.jobs}
+        saved = dict(done)
+        with Stop() as stop, Progress(totals, done) as progress:
+
+            def after_round(stepped: list[Job]) -> bool:
+                for job in stepped:
+                    self.folder.log_step(job.name, job.step, job.measured)
+                    progress.step(job.name, job.step, job.measured)
+                    if job.examined:
+                        self._examine(job)
+                    if job.done:
+                        self._finish(job)
+                due = any(job.done or job.step - saved[job.name] >= self.config.save_step for job in stepped)
+                if due or stop.requested:
+                    checkpoint.save(self.folder.checkpoints, self.jobs, self.model)
+                    saved.update((job.name, job.step) for job in self.jobs)
+                return stop.requested
+
+            train(self.model, self.jobs, self.config.train_lora_simultaneously_num, after_round)
+        if stop.requested and not all(job.done for job in self.jobs):
+            raise Stopped("interrupted; a checkpoint is saved: the same command with --resume goes on")
+
+    def _examine(self, job: Job) -> None:
+        """Measure the held-out loss and keep the adapter where it is the best; score its tasks where asked to."""
+        if job.held_out is not None:
+            loss = job.held_out.loss(self.model)
+            self.folder.log_step(job.name, job.step, {"eval_loss": loss})
+            if loss < job.best_loss:
+                job.best_loss = loss
+                self._save(job.name, self._best(job))
+        if job.config.evaluate_steps and not job.done:
+            for result in evaluate(self.model, examinations(job.config), self.cutoff_len):
+                self.folder.log_evaluation(job.name, job.step, result.as_dict())
+
+    def _finish(self, job: Job) -> None:
+        """Save an adapter at its end, in its best state where rows were held out."""
+        if job.held_out is not None and self._best(job).exists():
+            _, tensors, _ = files.read(self._best(job), allow_pickle=False)
+            self.model.restore_adapter(job.name, tensors, str(self._best(job)))
+        self._save(job.name, self.folder.adapter(job.name))
+
+    def _best(self, job: Job) -> Path:
+        return self.folder.checkpoints / job.name / "best"
+
+    def _save(self, name: str, place: Path) -> None:
+        with files.whole_folder(place) as folder:
+            for foreign in place.iterdir() if place.is_dir() else ():
+                if foreign.is_file() and foreign.name not in files.OWN:
+                    shutil.copy2(foreign, folder)
+            self.model.save_adapter(name, folder, self.making(name))
