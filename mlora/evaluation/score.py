@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from mlora.data import EncodedQuestion
 from mlora.model.batch import IGNORED, Batch, Row
+from mlora.model.memory import in_batches
 from mlora.model.multi import MultiAdapterModel
 from mlora.tasks import Protocol
 
@@ -53,14 +55,14 @@ def predict(
         model: in evaluation, whatever its mode: nothing here drops out.
         requests: rows; neighbours and batch size change no prediction.
         protocol: how to score.
-        batch_size: questions in one forward.
+        batch_size: questions in one forward, fewer where memory does not suffice.
     """
     score = _letters if protocol == "letter" else _log_likelihoods
-    for start in range(0, len(requests), batch_size):
-        yield from score(model, requests[start : start + batch_size])
+    for predictions in in_batches(requests, batch_size, partial(score, model)):
+        yield from predictions
 
 
-def _letters(model: MultiAdapterModel, requests: Sequence[Request]) -> Iterator[Prediction]:
+def _letters(model: MultiAdapterModel, requests: Sequence[Request]) -> list[Prediction]:
     prompts = [r.question.prompt_ids for r in requests]
     batch = Batch.pack(
         [Row(ids, [IGNORED] * len(ids), r.adapter) for r, ids in zip(requests, prompts, strict=True)],
@@ -72,12 +74,14 @@ def _letters(model: MultiAdapterModel, requests: Sequence[Request]) -> Iterator[
     padded = torch.tensor([row + row[:1] * (options - len(row)) for row in tokens], device=model.device)
     logits = model.score(batch, ends, padded).tolist()
     by_request = dict(zip(batch.order, logits, strict=True))
+    predictions = []
     for i, request in enumerate(requests):
         scores = tuple(by_request[i][: len(request.question.choice_ids)])
-        yield Prediction(scores, {"accuracy": _largest(scores) == request.question.answer})
+        predictions.append(Prediction(scores, {"accuracy": _largest(scores) == request.question.answer}))
+    return predictions
 
 
-def _log_likelihoods(model: MultiAdapterModel, requests: Sequence[Request]) -> Iterator[Prediction]:
+def _log_likelihoods(model: MultiAdapterModel, requests: Sequence[Request]) -> list[Prediction]:
     rows = [
         Row((*r.question.prompt_ids, *ids), [IGNORED] * len(r.question.prompt_ids) + list(ids), r.adapter)
         for r in requests
@@ -86,14 +90,15 @@ def _log_likelihoods(model: MultiAdapterModel, requests: Sequence[Request]) -> I
     batch = Batch.pack(rows, device=model.device)
     sums, _ = model.log_likelihoods(batch)
     by_row = dict(zip(batch.order, sums.tolist(), strict=True))
-    first = 0
+    predictions, first = list[Prediction](), 0
     for request in requests:
         question = request.question
         scores = tuple(by_row[first + i] for i in range(len(question.choice_ids)))
         first += len(scores)
         normed = [score / length for score, length in zip(scores, question.choice_characters, strict=True)]
         correct = {"acc": _largest(scores) == question.answer, "acc_norm": _largest(normed) == question.answer}
-        yield Prediction(scores, correct)
+        predictions.append(Prediction(scores, correct))
+    return predictions
 
 
 def _largest(scores: Sequence[float]) -> int:

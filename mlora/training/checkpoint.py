@@ -45,8 +45,8 @@ def save(root: Path, jobs: Sequence[Job], model: MultiAdapterModel) -> None:
         jobs: of the run, those included that wait or are done.
         model: that holds their adapters.
     """
-    moment = sum(job.micro_batches_done for job in jobs)
-    begun = [job for job in jobs if job.micro_batches_done and not (job.done and _place(root, job).exists())]
+    moment = sum(job.micro_batches for job in jobs)
+    begun = [job for job in jobs if job.micro_batches and not (job.done and _place(root, job).exists())]
     for job in begun:
         with whole_folder(_place(root, job)) as temporary:
             model.save_adapter(job.name, temporary)
@@ -122,7 +122,7 @@ def _read_good(path: Path, job: Job) -> _Saved | None:
 
 
 def _place(root: Path, job: Job) -> Path:
-    within = f"-{job.micro_step}" if job.micro_step else ""
+    within = f"-{job.row}" if job.row else ""
     return root / job.name / f"step-{job.step:06d}{within}"
 
 
@@ -179,7 +179,7 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
             else:
                 plain[f"{index}.{name}"] = value
     tensors |= {f"gradient.{i}": g.detach().cpu().contiguous() for i, g in enumerate(state["gradients"])}
-    kept = {key: state[key] for key in ("step", "micro_step", "skipped", "best_loss", "measured", "schedule")}
+    kept = {key: value for key, value in state.items() if key not in ("optimizer", "gradients")}
     return tensors, kept | {"plain": plain, "groups": state["optimizer"]["param_groups"]}
 
 

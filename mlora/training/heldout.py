@@ -10,6 +10,7 @@ import torch
 
 from mlora.data import Sample
 from mlora.model.batch import Batch, Row
+from mlora.model.memory import in_batches
 from mlora.model.multi import MultiAdapterModel
 
 
@@ -31,13 +32,14 @@ class HeldOut:
     def loss(self, model: MultiAdapterModel) -> float:
         """Return the mean next-token cross-entropy over all label tokens, without dropout."""
         model.eval()
-        total = tokens = 0.0
-        for start in range(0, len(self.samples), self.batch_size):
-            rows = [Row(s.input_ids, s.labels, self.adapter) for s in self.samples[start : start + self.batch_size]]
+
+        def outputs(samples: Sequence[Sample]) -> tuple[float, int]:
+            rows = [Row(s.input_ids, s.labels, self.adapter) for s in samples]
             out = model(Batch.pack(rows, device=model.device))[self.adapter]
-            total += float(out.loss) * int(out.num_tokens)
-            tokens += int(out.num_tokens)
-        return total / max(tokens, 1)
+            return float(out.loss) * int(out.num_tokens), int(out.num_tokens)
+
+        sums, tokens = zip(*in_batches(self.samples, self.batch_size, outputs), strict=True)
+        return sum(sums) / max(sum(tokens), 1)
 
 
 def split(samples: Sequence[Sample], held_out: int, seed: int, adapter: str) -> tuple[list[Sample], list[Sample]]:

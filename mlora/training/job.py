@@ -1,6 +1,6 @@
 """One adapter in training: its rows in order, its optimizer, its schedule.
 
-Where a job stands is two numbers, the optimizer steps it has done and the micro-batches of the step in progress;
+Where a job stands is two numbers, the optimizer steps it has done and the rows of the step in progress;
 everything else (epoch, order, rows, random streams, learning rate) follows from them, so a job never depends on its
 company and resumes exactly.
 """
@@ -39,6 +39,13 @@ class Job:
         model: that holds the adapter under the config's name.
         seed: of the run; with the adapter's name and the epoch it fixes the order of rows.
         held_out: rows that decide which state of the adapter is kept; None keeps the last.
+
+    Attributes:
+        step: optimizer steps done.
+        row: rows of the step in progress that are done.
+        micro_batches: computed so far, in all steps.
+        micro_batch_size: rows of a forward pass: the config's, or fewer where memory did not suffice.
+        measured: of the step in progress, or of the last where none is.
     """
 
     def __init__(
@@ -53,7 +60,8 @@ class Job:
         self.steps_per_epoch = math.ceil(len(samples) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.num_epochs
         self.held_out, self.best_loss = held_out, math.inf
-        self.step = self.micro_step = self.skipped = 0
+        self.step = self.row = self.micro_batches = self.skipped = 0
+        self.micro_batch_size = config.micro_batch_size
         named = model.adapter_parameters(self.name)
         self.parameters = [parameter for _, parameter in named]
         self.optimizer = build_optimizer(config, model.adapters[self.name], named)
@@ -88,22 +96,13 @@ class Job:
         """Epoch of the step to come, from 0."""
         return self.step // self.steps_per_epoch
 
-    @property
-    def micro_batches_done(self) -> int:
-        """Micro-batches computed so far, in all steps."""
-        epochs, steps = divmod(self.step, self.steps_per_epoch)
-        size, batch = self.config.micro_batch_size, self.config.batch_size
-        per_step, last = batch // size, len(self.samples) - (self.steps_per_epoch - 1) * batch
-        per_epoch = (self.steps_per_epoch - 1) * per_step + math.ceil(last / size)
-        return epochs * per_epoch + steps * per_step + self.micro_step
-
     def next_rows(self) -> list[Row]:
         """Return the micro-batch to compute next."""
         if self._step is None:
-            self._step = _Step.of(self.rows_of(self.step), self.config.micro_batch_size)
-            if self.micro_step == 0:
+            self._step = _Step.of(self.rows_of(self.step))
+            if self.row == 0:
                 self.measured = {"loss": 0.0, "aux_loss": 0.0, "num_tokens": float(self._step.tokens)}
-        return self._step.micro_batches[self.micro_step]
+        return self._step.rows[self.row : self.row + self.micro_batch_size]
 
     def rows_of(self, step: int) -> list[Row]:
         """Return all rows of an optimizer step."""
@@ -124,7 +123,7 @@ class Job:
         auxiliary losses are weighted by real tokens, since they are means over tokens.
         """
         step = self._require_step()
-        tokens = sum(len(row.input_ids) for row in step.micro_batches[self.micro_step])
+        tokens = sum(len(row.input_ids) for row in self.next_rows())
         loss = output.loss * (int(output.num_tokens) / max(step.targets, 1))
         aux = output.aux_loss * (tokens / step.tokens)
         self.measured["loss"] += float(loss.detach())
@@ -133,8 +132,9 @@ class Job:
 
     def advance(self) -> bool:
         """Count the micro-batch as done; after the last of a step, update the adapter and return True."""
-        self.micro_step += 1
-        if self.micro_step < len(self._require_step().micro_batches):
+        self.row += len(self.next_rows())
+        self.micro_batches += 1
+        if self.row < len(self._require_step().rows):
             return False
         limit = self.config.max_grad_norm
         norm = float(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
@@ -147,8 +147,13 @@ class Job:
             log.warning("%s: step %d is left out, its gradient is not finite", self.name, self.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        self.step, self.micro_step, self._step = self.step + 1, 0, None
+        self.step, self.row, self._step = self.step + 1, 0, None
         return True
+
+    def restart_step(self) -> None:
+        """Forget what was computed of the step in progress: a backward that broke off has added to some gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.row, self._step = 0, None
 
     def _require_step(self) -> _Step:
         if self._step is None:
@@ -159,18 +164,21 @@ class Job:
         """Return what a checkpoint keeps besides the adapter's tensors."""
         return {
             "step": self.step,
-            "micro_step": self.micro_step,
+            "row": self.row,
+            "micro_batches": self.micro_batches,
+            "micro_batch_size": self.micro_batch_size,
             "skipped": self.skipped,
             "best_loss": self.best_loss,
             "measured": self.measured,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "gradients": [p.grad for p in self.parameters] if self.micro_step else [],
+            "gradients": [p.grad for p in self.parameters] if self.row else [],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go back to where a checkpoint was made."""
-        self.step, self.micro_step, self._step = state["step"], state["micro_step"], None
+        self.step, self.row, self._step = state["step"], state["row"], None
+        self.micro_batches, self.micro_batch_size = state["micro_batches"], state["micro_batch_size"]
         self.skipped = state["skipped"]
         self.measured, self.best_loss = state["measured"], state["best_loss"]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -184,19 +192,18 @@ class _Step:
     """The rows of an optimizer step.
 
     Attributes:
-        micro_batches: its rows, in order.
-        targets: label tokens of the whole step.
-        tokens: of the whole step.
+        rows: in order.
+        targets: their label tokens.
+        tokens: all of their tokens.
     """
 
-    micro_batches: list[list[Row]]
+    rows: list[Row]
     targets: int
     tokens: int
 
     @classmethod
-    def of(cls, rows: list[Row], size: int) -> _Step:
-        micro_batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-        return cls(micro_batches, sum(map(_targets, rows)), sum(len(row.input_ids) for row in rows))
+    def of(cls, rows: list[Row]) -> _Step:
+        return cls(rows, sum(map(_targets, rows)), sum(len(row.input_ids) for row in rows))
 
 
 def _targets(row: Row) -> int:

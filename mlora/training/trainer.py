@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from mlora.model.batch import Batch
+from mlora.model.memory import ran_out
 from mlora.model.multi import MultiAdapterModel
 from mlora.training.job import Job
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -20,22 +24,28 @@ def train(
 ) -> None:
     """Train jobs to their ends, at most so many at once; one that ends makes room for the next that waits.
 
+    Where memory does not suffice, micro-batches are halved, then fewer jobs share a forward; neither changes what a
+    step computes, except that auxiliary losses of routers are means over a micro-batch by definition.
+
     Args:
         model: that holds the jobs' adapters.
         jobs: in the order in which they come in.
         simultaneously: adapters in one forward; None for all.
         after_round: called after every forward and backward with the jobs that have thereby taken an optimizer step;
             their `measured` tells of it. Returning True stops the training there.
+
+    Raises:
+        torch.OutOfMemoryError: a single row does not fit.
     """
     started = dict[str, float]()
-    for active in _rounds(jobs, simultaneously):
+    together = simultaneously or len(jobs)
+    while active := [job for job in jobs if not job.done][:together]:
         now = time.perf_counter()
         for job in active:
             started.setdefault(job.name, now)
-        model.train()
-        rows = [row for job in active for row in job.next_rows()]
-        outputs = model(Batch.pack(rows, {job.name: job.step for job in active}, model.device))
-        torch.stack([job.share(outputs[job.name]) for job in active]).sum().backward()
+        if not _computed(model, active):
+            together = _relieve(active)
+            continue
         stepped = [job for job in active if job.advance()]
         for job in stepped:
             job.measured["seconds"] = time.perf_counter() - started.pop(job.name)
@@ -44,13 +54,37 @@ def train(
     model.eval()
 
 
-def _rounds(jobs: Sequence[Job], simultaneously: int | None) -> Iterator[list[Job]]:
-    """Yield the jobs of each forward."""
-    waiting = [job for job in jobs if not job.done]
-    active: list[Job] = []
-    while waiting or active:
-        active = [job for job in active if not job.done]
-        while waiting and (simultaneously is None or len(active) < simultaneously):
-            active.append(waiting.pop(0))
-        if active:
-            yield active
+def _computed(model: MultiAdapterModel, jobs: Sequence[Job]) -> bool:
+    """Add the gradients of each job's next micro-batch; False where memory does not suffice for them."""
+    try:
+        model.train()
+        rows = [row for job in jobs for row in job.next_rows()]
+        outputs = model(Batch.pack(rows, {job.name: job.step for job in jobs}, model.device))
+        torch.stack([job.share(outputs[job.name]) for job in jobs]).sum().backward()
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        return False
+
+
+def _relieve(jobs: Sequence[Job]) -> int:
+    """Let steps for which memory did not suffice begin again in smaller parts; return how many jobs go together."""
+    for job in jobs:
+        job.restart_step()
+    torch.cuda.empty_cache()
+    large = [job for job in jobs if job.micro_batch_size > 1]
+    for job in large:
+        job.micro_batch_size = (job.micro_batch_size + 1) // 2
+    if large:
+        sizes = ", ".join(f"{job.micro_batch_size} ({job.name})" for job in large)
+        log.warning("out of memory: micro_batch_size is now %s; batch_size stays", sizes)
+        return len(jobs)
+    if len(jobs) == 1:
+        raise torch.OutOfMemoryError(
+            f"one row of {jobs[0].name} does not fit into memory; --gradient_checkpointing, --quantize 4bit "
+            "or a smaller cutoff_len needs less"
+        )
+    together = (len(jobs) + 1) // 2
+    log.warning("out of memory: %d adapters share a forward now, in place of %d", together, len(jobs))
+    return together

@@ -190,8 +190,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, caplog: p
                 file.write_bytes(broken)
                 caplog.clear()
                 assert checkpoint.restore(tmp_path, jobs, model)
-                assert [(j.step, j.micro_step) for j in jobs] == [(10, 0), (3, 1)]
+                assert [(j.step, j.row) for j in jobs] == [(10, 0), (3, 1)]
                 assert f"{newest} is damaged" in caplog.text
             file.write_bytes(content)
     assert checkpoint.restore(tmp_path, jobs, model)
-    assert [(j.step, j.micro_step) for j in jobs] == [(11, 0), (3, 2)]
+    assert [(j.step, j.row) for j in jobs] == [(11, 0), (3, 2)]
