@@ -22,9 +22,7 @@ from tests.training.test_promises import GAUSSIAN, LORA, MIXTURE, samples
 
 CONFIGS = [
     JobConfig(name="a", method=LORA, batch_size=4, micro_batch_size=2, num_epochs=2, lr=3e-3),
-    JobConfig(
-        name="b", method=MIXTURE.model_copy(update={"router_loss": False}), batch_size=6, num_epochs=2, lr=2e-3
-    ),
+    JobConfig(name="b", method=MIXTURE.model_copy(update={"router_loss": False}), batch_size=6, num_epochs=2, lr=2e-3),
     JobConfig(name="c", method=GAUSSIAN, batch_size=3, micro_batch_size=1, num_epochs=2, lr=2e-3),
 ]
 ROWS = [samples(18, 1), samples(20, 2), samples(13, 3)]
