@@ -389,6 +389,22 @@ def test_evaluate_steps_scores_during_training(here: Path, base: Path) -> None:
     assert [(e["step"], e["task"]) for e in entries if "task" in e] == [(5, "boolq"), (10, "boolq")]
 
 
+def test_the_routers_of_a_training_are_recorded(here: Path, base: Path) -> None:
+    write_config(adapter("a", num_epochs=4, evaluate_steps=5), adapter("b", num_epochs=4, evaluate_steps=5, **MIXTURE))
+    assert main(RunOptions(str(base))) == 0
+    lines = [json.loads(line) for line in Path("router.jsonl").read_text().splitlines()]
+    training = [line for line in lines if line["split"] == "train"]
+    assert [(line["adapter"], line["step"], line["task"]) for line in training] == [
+        ("b", 5, "boolq"),
+        ("b", 10, "boolq"),
+    ]
+    for line in training:
+        assert line["tokens"] > 100 and [layer["layer"] for layer in line["layers"]] == [0, 1]
+        assert all(sum(layer["share"]) == pytest.approx(1, abs=1e-4) for layer in line["layers"])
+    assert main(RunOptions(str(base), overwrite=True)) == 0
+    assert len(Path("router.jsonl").read_text().splitlines()) == len(lines)
+
+
 def test_overwriting_starts_the_metrics_of_an_adapter_anew(here: Path, base: Path) -> None:
     write_config(adapter("a", num_epochs=1), adapter("b", num_epochs=1))
     assert main(RunOptions(str(base))) == 0

@@ -24,6 +24,8 @@ _RUN_FILES = {
     "readme.md",
     "report.html",
     "results.json",
+    "router.jsonl",
+    "samples",
 }
 
 

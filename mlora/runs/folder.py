@@ -15,6 +15,7 @@ from typing import Any
 
 from mlora.config import ConfigError, Problem
 from mlora.config.jsonfile import write_atomically, write_json
+from mlora.model.profile import RouterProfile
 
 PACKAGES = ("mlora", "torch", "transformers", "datasets", "accelerate", "safetensors", "bitsandbytes", "peft")
 
@@ -33,6 +34,7 @@ class RunFolder:
         self.adapters = self.path if path == "." else self.path / "adapters"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.router = self.path / "router.jsonl"
         self.results = self.path / "results.json"
         self.config = self.path / "config.json"
         self.environment = self.path / "environment.json"
@@ -43,7 +45,7 @@ class RunFolder:
 
     def files(self, names: Iterable[str]) -> list[Path]:
         """Return everything a run of these adapters writes."""
-        return [self.config, self.environment, self.metrics, self.results, *map(self.adapter, names)]
+        return [self.config, self.environment, self.metrics, self.router, self.results, *map(self.adapter, names)]
 
     def require_free(self, names: Iterable[str]) -> None:
         """Refuse to write over what lies there.
@@ -78,18 +80,24 @@ class RunFolder:
     def log_step(self, adapter: str, step: int, measured: dict[str, Any]) -> None:
         """Append one optimizer step of one adapter to metrics.jsonl."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in measured.items()}
-        line = json.dumps({"adapter": adapter, "step": step} | finite)
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        _append(self.metrics, {"adapter": adapter, "step": step} | finite)
+
+    def log_routing(self, adapter: str, step: int, task: str, profile: RouterProfile) -> None:
+        """Append how the routers of an adapter spread the tokens of a training step to router.jsonl, if it has any."""
+        layers = profile.layers()
+        if layers:
+            described = {"adapter": adapter, "step": step, "split": "train", "task": task, "protocol": None}
+            _append(self.router, described | {"tokens": profile.tokens, "layers": layers})
 
     def forget_steps(self, adapter: str, after: int) -> None:
-        """Drop an adapter's lines of later steps from metrics.jsonl, those of a run that is done again from there."""
-        if not self.metrics.exists():
-            return
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if not _is_later(line, adapter, after)]
-        if len(kept) < len(lines):
-            write_atomically(self.metrics, "".join(kept))
+        """Drop an adapter's lines of later steps, those of a training that is done again from there."""
+        for file in (self.metrics, self.router):
+            if not file.exists():
+                continue
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if not _is_later(line, adapter, after)]
+            if len(kept) < len(lines):
+                write_atomically(file, "".join(kept))
 
     def log_evaluation(self, adapter: str, step: int, result: dict[str, Any]) -> None:
         """Append a result that was measured during training to metrics.jsonl."""
@@ -118,13 +126,18 @@ class RunFolder:
         write_json(self.results, [*kept, result])
 
 
+def _append(file: Path, entry: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(entry) + "\n")
+
+
 def _is_later(line: str, adapter: str, step: int) -> bool:
-    """Whether a line of metrics.jsonl is of a later step of the adapter, or broken off by a crash."""
+    """Whether a line is of a later step of the adapter, or broken off by a crash; step null is after the last."""
     try:
         entry = json.loads(line)
     except ValueError:
         return True
-    return bool(entry["adapter"] == adapter and entry["step"] > step)
+    return bool(entry["adapter"] == adapter and (entry["step"] is None or entry["step"] > step))
 
 
 def _refusal(what: str, message: str) -> ConfigError:

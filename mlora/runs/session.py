@@ -63,8 +63,9 @@ class Session:
             print("no checkpoint yet: starts at the beginning")
         for job in self.jobs:
             print(f"{job.name}: goes on after step {job.step} of {job.total_steps}")
-            self.folder.forget_steps(job.name, job.step)
-            if job.done and not self.folder.adapter(job.name).exists():
+            if not job.done:
+                self.folder.forget_steps(job.name, job.step)
+            elif not self.folder.adapter(job.name).exists():
                 self._finish(job)
 
     def train(self) -> None:
@@ -81,6 +82,8 @@ class Session:
                 for job in stepped:
                     self.folder.log_step(job.name, job.step, job.measured)
                     progress.step(job.name, job.step, job.measured)
+                    if job.routing is not None:
+                        self.folder.log_routing(job.name, job.step, job.config.task_name, job.routing)
                     if job.examined:
                         self._examine(job)
                     if job.done:

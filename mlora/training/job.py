@@ -22,10 +22,13 @@ from mlora.data import Sample, epoch_order
 from mlora.model.batch import IGNORED, Row
 from mlora.model.errors import ModelError
 from mlora.model.multi import AdapterOutput, MultiAdapterModel
+from mlora.model.profile import RouterProfile
 from mlora.training.heldout import HeldOut
 
 MAX_SKIPPED = 5
 """Steps in a row without a finite gradient after which a job is given up."""
+PROFILES = 20
+"""Steps of a training whose routing is recorded where `evaluate_steps` does not say."""
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +65,15 @@ class Job:
         self.held_out, self.best_loss = held_out, math.inf
         self.step = self.row = self.micro_batches = self.skipped = 0
         self.micro_batch_size = config.micro_batch_size
+        self.method = model.adapters[self.name]
         named = model.adapter_parameters(self.name)
         self.parameters = [parameter for _, parameter in named]
-        self.optimizer = build_optimizer(config, model.adapters[self.name], named)
+        self.optimizer = build_optimizer(config, self.method, named)
         self.schedule = build_schedule(config, self.optimizer, self.total_steps)
         self._order: tuple[int, list[int]] = (-1, [])
         self._step: _Step | None = None
         self.measured: dict[str, float] = {}
+        self.routing: RouterProfile | None = None
 
     @property
     def done(self) -> bool:
@@ -102,7 +107,11 @@ class Job:
             self._step = _Step.of(self.rows_of(self.step))
             if self.row == 0:
                 self.measured = {"loss": 0.0, "aux_loss": 0.0, "num_tokens": float(self._step.tokens)}
+            self.routing = RouterProfile(self.method) if self._is_profiled(self.step + 1) else None
         return self._step.rows[self.row : self.row + self.micro_batch_size]
+
+    def _is_profiled(self, step: int) -> bool:
+        return step % (self.config.evaluate_steps or max(1, self.total_steps // PROFILES)) == 0
 
     def rows_of(self, step: int) -> list[Row]:
         """Return all rows of an optimizer step."""
@@ -126,6 +135,8 @@ class Job:
         tokens = sum(len(row.input_ids) for row in self.next_rows())
         loss = output.loss * (int(output.num_tokens) / max(step.targets, 1))
         aux = output.aux_loss * (tokens / step.tokens)
+        if self.routing is not None:
+            self.routing.add(output.router_logits)
         self.measured["loss"] += float(loss.detach())
         self.measured["aux_loss"] += float(aux.detach())
         return loss + aux
