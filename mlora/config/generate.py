@@ -16,9 +16,11 @@ from mlora.config.errors import ConfigError, Problem, show
 from mlora.config.job import CASUAL
 from mlora.config.jsonfile import read_json, write_json
 from mlora.config.load import parse_config
+from mlora.config.names import subfolder
 from mlora.config.run import RunConfig
 from mlora.config.schema import run_schema
 from mlora.config.templates import find_template
+from mlora.tasks import folder_names, known_tasks
 
 _MISSPELT = 0.8
 _FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz")
@@ -98,15 +100,13 @@ def _subjects(names: list[str], paths: list[str | None], multi_task: bool) -> li
 
 
 def _subject(name: str, path: str | None) -> _Subject:
-    from mlora.tasks import TASKS
-
-    if name in TASKS:
+    if name in known_tasks():
         stem = name.rpartition(":")[2].replace("-", "_")
         return _Subject(stem, {"task_name": name} | ({} if path is None else {"data": path}))
     if name == CASUAL and path is None:
         raise _wrong("--tasks", f"{show(CASUAL)} needs --data_path: the instruction data to train on")
     if name != CASUAL:
-        _check_data(name, list(TASKS))
+        _check_data(name, known_tasks())
     return _Subject(CASUAL, {"task_name": CASUAL, "data": path or name, "prompt": "alpaca"})
 
 
@@ -134,10 +134,11 @@ def _data_of_each(names: list[str], data_path: str | None) -> list[str | None]:
         return list(paths)
     if len(paths) > 1:
         raise _wrong("--data_path", f"{len(paths)} paths for {len(names)} tasks; expected one for each, or one folder")
-    inside = [Path(paths[0]).expanduser() / name.replace(":", "-") for name in names]
-    missing = [folder.name for folder in inside if not folder.is_dir()]
+    folder = Path(paths[0]).expanduser()
+    inside = [subfolder(folder, name) for name in names]
+    missing = [folder_names(name)[0] for name, found in zip(names, inside, strict=True) if found is None]
     if not missing:
-        return [str(folder) for folder in inside]
+        return list(map(str, inside))
     if len(names) == 1:
         return [paths[0]]
     message = f"{paths[0]} has no folder {', '.join(missing)}; several tasks need one path each, or a subfolder each"

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from mlora.adapters import Method
 from mlora.config.errors import did_you_mean, show
 from mlora.config.names import name_problem
+from mlora.tasks import Protocol, UnknownTaskError, find_task, known_tasks
 
 CASUAL = "casual"
 """Task name of plain instruction data, which has no benchmark."""
@@ -31,6 +32,9 @@ class JobConfig(BaseModel):
     name: str
     """Name of the adapter and of its folder: letters, digits and ._- only, at most 64, unlike the others' even in
     lower case."""
+    protocol: Protocol | None = None
+    """How its tasks are put and scored: "letter", "classification" or "loglikelihood"; where left out, by letters
+    where a task of that name has them."""
     task_name: str = CASUAL
     """A task of `launch.py avail`, several joined by ";" to train on their mixture, or "casual": instruction data."""
     data: str | None = None
@@ -91,13 +95,17 @@ class JobConfig(BaseModel):
 
     @field_validator("task_name")
     @classmethod
-    def _registered(cls, value: str) -> str:
-        from mlora.tasks import TASKS
-
-        unknown = [name for name in value.split(";") if name not in TASKS]
-        if value != CASUAL and unknown:
-            hint = did_you_mean(unknown[0], [*TASKS, CASUAL])
+    def _registered(cls, value: str, info: ValidationInfo) -> str:
+        names = [] if value == CASUAL else value.split(";")
+        unknown = [name for name in names if name not in known_tasks()]
+        if unknown:
+            hint = did_you_mean(unknown[0], [*known_tasks(), CASUAL])
             raise ValueError(f"{show(unknown[0])} is no task, `launch.py avail` lists them{hint}")
+        try:
+            for name in names:
+                find_task(name, info.data.get("protocol"))
+        except UnknownTaskError as error:
+            raise ValueError(str(error)) from None
         if len(set(value.split(";"))) < len(value.split(";")):
             raise ValueError("expected every task once")
         return value

@@ -1,11 +1,13 @@
-"""Names of adapters: they become folders, so they must be safe as such on every system."""
+"""Names of adapters, which become folders and so must be safe as such on every system, and folders of tasks."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from mlora.config.errors import ConfigError, Problem, show
+from mlora.tasks import folder_names
 
 MAX_LENGTH = 64
 _ALLOWED = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -63,3 +65,8 @@ def same_folder(names: Iterable[str]) -> tuple[str, str] | None:
             return seen[name.lower()], name
         seen[name.lower()] = name
     return None
+
+
+def subfolder(folder: Path, task: str) -> Path | None:
+    """Return the subfolder with a task's rows, which has its name or its data set's; None where there is none."""
+    return next((place for name in folder_names(task) if (place := folder / name).is_dir()), None)

@@ -4,7 +4,7 @@ from mlora.data.dataset import Report, Samples, load_questions, load_training_sa
 from mlora.data.errors import DataError, UnreachableError
 from mlora.data.order import epoch_order
 from mlora.data.prompts import PromptTemplate, find_prompt
-from mlora.data.sources import split_paths
+from mlora.data.sources import Split, split_paths
 from mlora.data.tokenize import NO_LABEL, EncodedQuestion, Sample, encode_choices, encode_question
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Report",
     "Sample",
     "Samples",
+    "Split",
     "UnreachableError",
     "encode_choices",
     "encode_question",

@@ -14,7 +14,7 @@ from mlora.data.prompts import find_prompt
 from mlora.data.readers import SourceRow
 from mlora.data.sources import Split, instruction_rows, split_paths, task_rows
 from mlora.data.tokenize import Sample, encode_question
-from mlora.tasks import Question, Row, RowError, Task, find_task
+from mlora.tasks import Protocol, Question, Row, RowError, Task, find_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +84,7 @@ def load_training_samples(
     tokenizer: PreTrainedTokenizerBase,
     cutoff_len: int,
     *,
+    protocol: Protocol | None = None,
     split: Split = "train",
     prompt: str | None = None,
     train_on_inputs: bool = False,
@@ -98,6 +99,7 @@ def load_training_samples(
             for the published data set.
         tokenizer: of the base model.
         cutoff_len: tokens of a row, > 0.
+        protocol: of the tasks; None takes each name's first.
         split: "validation" for held-out loss.
         prompt: name or path of the prompt template of Alpaca columns; tasks have their own prompts.
         train_on_inputs: make the prompt labels too.
@@ -111,7 +113,12 @@ def load_training_samples(
     if cutoff_len < 1:
         raise ValueError(f"cutoff_len is {cutoff_len}, expected a positive number")
     result = Samples()
-    for rows, encode, where in _parts(task_name, data, tokenizer, cutoff_len, split, prompt, train_on_inputs):
+    if task_name == CASUAL:
+        parts = _instruction_parts(data, tokenizer, cutoff_len, split, prompt, train_on_inputs)
+    else:
+        tasks = [find_task(name, protocol) for name in task_names(task_name)]
+        parts = _task_parts(tasks, data, tokenizer, cutoff_len, split, train_on_inputs)
+    for rows, encode, where in parts:
         before, dropped = len(result), result.report.dropped
         for sample in _built(islice(rows, limit), encode, result.report, on_bad_row):
             if sample is None:
@@ -132,6 +139,7 @@ def load_questions(
     split: Split = "test",
     limit: int | None = None,
     on_bad_row: OnBadRow = "error",
+    protocol: Protocol | None = None,
 ) -> list[Question]:
     """Return the questions of one task; "test" is the split that published results are evaluated on.
 
@@ -139,7 +147,7 @@ def load_questions(
         DataError: data that is not there, a bad row under "error", or no row left.
         UnknownTaskError: a name that no task has.
     """
-    task = find_task(task_name)
+    task = find_task(task_name, protocol)
     path = split_paths(data, [task.name])[0]
     rows = islice(task_rows(task, path, split), limit)
     questions = list(_built(rows, task.build, Report(), on_bad_row))
@@ -151,8 +159,7 @@ def load_questions(
 Part = tuple[Iterator[SourceRow], Callable[[Row], "Sample | None"], str]
 
 
-def _parts(
-    task_name: str,
+def _instruction_parts(
     data: str | None,
     tokenizer: PreTrainedTokenizerBase,
     cutoff_len: int,
@@ -160,27 +167,35 @@ def _parts(
     prompt: str | None,
     train_on_inputs: bool,
 ) -> Iterator[Part]:
-    """Yield rows, how to encode one, and their name, for every task or part of instruction data."""
-    if task_name == CASUAL:
-        paths = task_names(data or "")
-        if not paths:
-            raise DataError('instruction data (task "casual") needs `data`: a file, a folder or a hub id')
-        template = find_prompt(prompt)
+    """Yield rows, how to encode one, and their name, for every part of instruction data."""
+    paths = task_names(data or "")
+    if not paths:
+        raise DataError('instruction data (task "casual") needs `data`: a file, a folder or a hub id')
+    template = find_prompt(prompt)
 
-        def encode_row(row: Row) -> Sample | None:
-            return encode_instruction(tokenizer, row, template, cutoff_len, train_on_inputs=train_on_inputs)
+    def encode_row(row: Row) -> Sample | None:
+        return encode_instruction(tokenizer, row, template, cutoff_len, train_on_inputs=train_on_inputs)
 
-        for path in paths:
-            yield instruction_rows(path, split), encode_row, path
-        return
-    tasks = [find_task(name) for name in task_names(task_name)]
-    for task, path_of_task in zip(tasks, split_paths(data, [task.name for task in tasks]), strict=True):
+    for path in paths:
+        yield instruction_rows(path, split), encode_row, path
 
-        def encode_task_row(row: Row, task: Task = task) -> Sample | None:
+
+def _task_parts(
+    tasks: Sequence[Task],
+    data: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    cutoff_len: int,
+    split: Split,
+    train_on_inputs: bool,
+) -> Iterator[Part]:
+    """Yield rows, how to encode one, and their name, for every task."""
+    for task, path in zip(tasks, split_paths(data, [task.name for task in tasks]), strict=True):
+
+        def encode_row(row: Row, task: Task = task) -> Sample | None:
             question = task.build(row)
             return encode_question(tokenizer, question, cutoff_len, task.name, train_on_inputs=train_on_inputs)
 
-        yield task_rows(task, path_of_task, split), encode_task_row, _where(task, path_of_task, split)
+        yield task_rows(task, path, split), encode_row, _where(task, path, split)
 
 
 def _built(rows: Iterator[SourceRow], build: Callable[[Row], T], report: Report, on_bad_row: OnBadRow) -> Iterator[T]:

@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from mlora.config.names import subfolder
 from mlora.data.errors import DataError, UnreachableError
 from mlora.data.readers import SourceRow, is_data_file, read_file
-from mlora.tasks import Source, Task
+from mlora.tasks import Source, Task, folder_names
 
 Split = Literal["train", "validation", "test"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -40,14 +41,14 @@ def split_paths(data: str | None, names: Sequence[str]) -> list[str | None]:
     if len(paths) != 1:
         raise DataError(f"{len(paths)} data paths for {len(names)} tasks ({'; '.join(names)}): {data}")
     folder = _path(paths[0])
-    inside = [folder / name.replace(":", "-") for name in names]
-    if all(path.is_dir() for path in inside):
-        return [str(path) for path in inside]
+    inside = [subfolder(folder, name) for name in names]
+    if None not in inside:
+        return list(map(str, inside))
     if len(names) == 1:
         return [paths[0]]
-    missing = ", ".join(path.name for path in inside if not path.is_dir())
+    missing = [folder_names(name)[0] for name, found in zip(names, inside, strict=True) if found is None]
     raise DataError(
-        f"{folder}: no subfolder {missing}; several tasks need one data path each, joined by ';', "
+        f"{folder}: no subfolder {', '.join(missing)}; several tasks need one data path each, joined by ';', "
         f"or a folder with a subfolder per task. There are: {_listing(folder)}"
     )
 

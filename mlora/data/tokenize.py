@@ -61,6 +61,7 @@ class EncodedQuestion:
     Attributes:
         prompt_ids: tokens that all choices follow; for letters also the leading tokens that the choices share.
         choice_ids: tokens of each choice after the prompt: exactly one for letters, all of them for log-likelihood.
+        unscored: how many leading tokens of each choice are read and not scored: those of its context.
         choice_characters: length of each choice's text in characters, without the leading space. lm-eval's acc_norm
             divides by this (and not by bytes, which is its acc_bytes; lm_eval/api/task.py, 0.4.13).
         answer: index of the right choice.
@@ -68,6 +69,7 @@ class EncodedQuestion:
 
     prompt_ids: tuple[int, ...]
     choice_ids: tuple[tuple[int, ...], ...]
+    unscored: tuple[int, ...]
     choice_characters: tuple[int, ...]
     answer: int
 
@@ -131,8 +133,8 @@ def encode_question(
     tokenizer: PreTrainedTokenizerBase, question: Question, cutoff_len: int, task: str, *, train_on_inputs: bool = False
 ) -> Sample | None:
     """Return a question with its right choice as a training row, without EOS; None where the choice does not fit."""
-    prompt, choices = _split(question)
-    spans = (Span(prompt, False), Span(choices[question.answer], True))
+    context, choice = question.parts(question.answer)
+    spans = (Span(context, False), Span(choice, True))
     return encode_spans(tokenizer, spans, cutoff_len, task, train_on_inputs=train_on_inputs)
 
 
@@ -150,23 +152,32 @@ def encode_choices(
     Raises:
         DataError: two letters have the same next token, or the prompt is empty, or a choice does not fit.
     """
-    prompt, choices = _split(question)
-    wholes = [encode(tokenizer, prompt + choice) for choice in choices]
-    shared = wholes if protocol == "letter" else [encode(tokenizer, prompt), *wholes]
-    prompt_ids = common_prefix(shared)
-    choice_ids = tuple(tuple(whole[len(prompt_ids) :]) for whole in wholes)
+    parts = [question.parts(number) for number in range(len(question.choices))]
+    wholes = [encode(tokenizer, context + choice) for context, choice in parts]
     if protocol == "letter":
-        choice_ids = tuple(ids[:1] for ids in choice_ids)
+        prompt_ids = common_prefix(wholes)
+        choice_ids = tuple(tuple(whole[len(prompt_ids) :][:1]) for whole in wholes)
+        unscored = (0,) * len(wholes)
         _check_distinct(tokenizer, question, choice_ids)
-    elif not all(choice_ids):
-        raise DataError(f"a choice of {question.choices} has no token of its own after {prompt[-40:]!r}")
+    else:
+        contexts = {context: encode(tokenizer, context) for context, _ in parts}
+        read = [common_prefix([contexts[part[0]], whole]) for part, whole in zip(parts, wholes, strict=True)]
+        prompt_ids = common_prefix(read)
+        choice_ids = tuple(tuple(whole[len(prompt_ids) :]) for whole in wholes)
+        unscored = tuple(len(ids) - len(prompt_ids) for ids in read)
+        if not all(len(ids) > skipped for ids, skipped in zip(choice_ids, unscored, strict=True)):
+            raise DataError(f"a choice of {question.choices} has no token of its own after {question.prompt[-40:]!r}")
     room = cutoff_len - max(map(len, choice_ids))
-    if not prompt_ids or room < 1:
-        problem = f"a choice of {cutoff_len - room} tokens does not fit" if prompt_ids else "the prompt has no token"
-        raise DataError(f"{problem} (cutoff_len {cutoff_len}): {question.prompt[:60]!r}, {question.choices}")
-    # The text after the one-character delimiter, which _split may have lengthened.
+    if not prompt_ids and not all(unscored):
+        raise DataError(f"the prompt has no token: {question.prompt[:60]!r}, {question.choices}")
+    if room < bool(prompt_ids):
+        raise DataError(
+            f"a choice of {cutoff_len - room} tokens does not fit (cutoff_len {cutoff_len}): "
+            f"{question.prompt[:60]!r}, {question.choices}"
+        )
+    # the text after the one-character delimiter
     characters = tuple(len(choice) - 1 for choice in question.choices)
-    return EncodedQuestion(_keep(tokenizer, prompt_ids, room), choice_ids, characters, question.answer)
+    return EncodedQuestion(_keep(tokenizer, prompt_ids, room), choice_ids, unscored, characters, question.answer)
 
 
 def common_prefix(sequences: Iterable[Sequence[int]]) -> tuple[int, ...]:
@@ -177,12 +188,6 @@ def common_prefix(sequences: Iterable[Sequence[int]]) -> tuple[int, ...]:
             break
         prefix.append(column[0])
     return tuple(prefix)
-
-
-def _split(question: Question) -> tuple[str, tuple[str, ...]]:
-    prompt = question.prompt.rstrip()
-    space = question.prompt[len(prompt) :]
-    return prompt, tuple(space + choice for choice in question.choices)
 
 
 def _cut(
@@ -203,8 +208,10 @@ def _cut(
 
 
 def _keep(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], room: int) -> tuple[int, ...]:
+    if len(ids) <= room:
+        return tuple(ids)
     head = 1 if ids[0] == tokenizer.bos_token_id else 0
-    return tuple(ids) if len(ids) <= room else (*ids[:head], *ids[len(ids) - room + head :])
+    return (*ids[:head], *ids[len(ids) - room + head :])
 
 
 def _check_distinct(

@@ -13,7 +13,7 @@ from typing import Any
 from mlora.data import encode_choices, load_questions
 from mlora.evaluation.score import Request, predict
 from mlora.model.multi import MultiAdapterModel
-from mlora.tasks import accuracy, find_task
+from mlora.tasks import Protocol, accuracy, find_task
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ class Examination:
     Attributes:
         adapter: name; None for the plain base model.
         task: name.
+        protocol: of the task; None for the first that has the name.
         data: local data; None for the published data set.
         limit: rows; None for all.
         batch_size: rows of this adapter in a forward.
@@ -35,6 +36,7 @@ class Examination:
     data: str | None = None
     limit: int | None = None
     batch_size: int = 16
+    protocol: Protocol | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def by_questions(examinations: Iterable[Examination]) -> list[list[Examination]]
     """Return the examinations grouped by the questions that they ask."""
     groups: dict[tuple[Any, ...], list[Examination]] = defaultdict(list)
     for examination in examinations:
-        groups[examination.task, examination.data, examination.limit].append(examination)
+        groups[examination.task, examination.protocol, examination.data, examination.limit].append(examination)
     return list(groups.values())
 
 
@@ -86,9 +88,10 @@ def check(examinations: Iterable[Examination], tokenizer: Any, cutoff_len: int) 
         DataError: data that is not there, or a row that cannot be used.
     """
     for group in by_questions(examinations):
-        task = find_task(group[0].task)
+        first = group[0]
+        task = find_task(first.task, first.protocol)
         shortened = 0
-        for question in load_questions(task.name, group[0].data, limit=group[0].limit):
+        for question in load_questions(task.name, first.data, limit=first.limit, protocol=task.protocol):
             encoded = encode_choices(tokenizer, question, task.protocol, cutoff_len)
             if len(encoded.prompt_ids) + max(map(len, encoded.choice_ids)) == cutoff_len:
                 whole = encode_choices(tokenizer, question, task.protocol, sys.maxsize)
@@ -128,8 +131,8 @@ def _evaluate_together(
     model: MultiAdapterModel, group: Sequence[Examination], cutoff_len: int, progress: Callable[[int, int], None] | None
 ) -> Iterator[Result]:
     first = group[0]
-    task = find_task(first.task)
-    questions = load_questions(task.name, first.data, limit=first.limit)
+    task = find_task(first.task, first.protocol)
+    questions = load_questions(task.name, first.data, limit=first.limit, protocol=task.protocol)
     encoded = [encode_choices(model.tokenizer, question, task.protocol, cutoff_len) for question in questions]
     requests = [Request(e.adapter, question) for question in encoded for e in group]
     correct: dict[str | None, dict[str, list[bool]]] = {e.adapter: defaultdict(list) for e in group}

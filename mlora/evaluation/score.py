@@ -83,9 +83,13 @@ def _letters(model: MultiAdapterModel, requests: Sequence[Request]) -> list[Pred
 
 def _log_likelihoods(model: MultiAdapterModel, requests: Sequence[Request]) -> list[Prediction]:
     rows = [
-        Row((*r.question.prompt_ids, *ids), [IGNORED] * len(r.question.prompt_ids) + list(ids), r.adapter)
+        Row(
+            (*r.question.prompt_ids, *ids),
+            [IGNORED] * (len(r.question.prompt_ids) + skipped) + list(ids[skipped:]),
+            r.adapter,
+        )
         for r in requests
-        for ids in r.question.choice_ids
+        for ids, skipped in zip(r.question.choice_ids, r.question.unscored, strict=True)
     ]
     batch = Batch.pack(rows, device=model.device)
     sums, _ = model.log_likelihoods(batch)

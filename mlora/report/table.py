@@ -22,9 +22,19 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1)
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return results as text: one line for each adapter, task and metric, beside the base model where it was scored.
 
+    Results of different protocols are never comparable, so each has a table of its own.
+
     Args:
         results: as in results.json; values between 0 and 1, shown as percentages with their standard errors.
     """
+    protocols = list(dict.fromkeys(r["protocol"] for r in results))
+    tables = (_table([r for r in results if r["protocol"] == protocol], protocol) for protocol in protocols)
+    limited = any(r.get("limit") for r in results)
+    note = "\n* limited to the first rows of the split: not comparable with published results" if limited else ""
+    return "\n\n".join(tables) + note
+
+
+def _table(results: Sequence[Mapping[str, Any]], protocol: str) -> str:
     base = {(r["task"], r["metric"]): r for r in results if r["adapter"] == BASE}
     shown = [r for r in results if r["adapter"] != BASE] or list(results)
     rows = []
@@ -35,12 +45,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
             row.append("" if before is None else _percent(before))
         rows.append([*row, _percent(r), str(r["n"]) + (" *" if r.get("limit") else "")])
     header = ["adapter", "task", "metric", *(["base model %"] if base else []), "value %", "rows"]
-    text = columns(header, rows, left=3)
-    protocols = {r["protocol"] for r in shown}
-    notes = [f"± standard error; protocol: {', '.join(sorted(protocols))}"]
-    if any(r.get("limit") for r in shown):
-        notes.append("* limited to the first rows of the split: not comparable with published results")
-    return "\n".join([text, *notes])
+    return f"{columns(header, rows, left=3)}\n± standard error; protocol: {protocol}"
 
 
 def _percent(result: Mapping[str, Any]) -> str:

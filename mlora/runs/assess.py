@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlora.config import JobConfig
@@ -24,15 +25,14 @@ def examinations(job: JobConfig) -> list[Examination]:
     tasks = task_names(job.task_name)
     paths = split_paths(job.data, tasks)
     return [
-        Examination(job.name, task, path, job.limit, job.evaluate_batch_size)
+        Examination(job.name, task, path, job.limit, job.evaluate_batch_size, job.protocol)
         for task, path in zip(tasks, paths, strict=True)
     ]
 
 
 def of_base(wanted: Sequence[Examination]) -> list[Examination]:
     """Return examinations of the plain base model on the same questions."""
-    places = {(e.task, e.data, e.limit): e.batch_size for e in wanted}
-    return [Examination(None, *place, batch_size=size) for place, size in places.items()]
+    return [replace(group[0], adapter=None) for group in by_questions(wanted)]
 
 
 def assess(

@@ -19,6 +19,9 @@ from mlora.model.profile import RouterProfile
 
 PACKAGES = ("mlora", "torch", "transformers", "datasets", "accelerate", "safetensors", "bitsandbytes", "peft")
 
+EVALUATION = ("task", "protocol", "metric", "value", "standard_error", "n")
+"""What metrics.jsonl holds of a result that was measured during training."""
+
 
 class RunFolder:
     """Files of one run.
@@ -101,7 +104,7 @@ class RunFolder:
 
     def log_evaluation(self, adapter: str, step: int, result: dict[str, Any]) -> None:
         """Append a result that was measured during training to metrics.jsonl."""
-        self.log_step(adapter, step, {key: result[key] for key in ("task", "metric", "value", "standard_error", "n")})
+        self.log_step(adapter, step, {key: result[key] for key in EVALUATION})
 
     def read_results(self) -> list[dict[str, Any]]:
         """Return the results so far.
@@ -121,7 +124,7 @@ class RunFolder:
 
     def add_result(self, result: dict[str, Any]) -> None:
         """Write one result as soon as it exists, in place of an older one of the same adapter, task and metric."""
-        same = ("adapter", "task", "metric")
+        same = ("adapter", "task", "protocol", "metric")
         kept = [r for r in self.read_results() if any(r.get(key) != result.get(key) for key in same)]
         write_json(self.results, [*kept, result])
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from mlora.config import ConfigError, JobConfig, Problem
 from mlora.config.job import CASUAL
-from mlora.data import Sample, Samples, load_training_samples, task_names
+from mlora.data import Sample, Samples, Split, load_training_samples, task_names
 from mlora.tasks import find_task
 from mlora.training.heldout import HeldOut, split
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+SETTINGS = ("task_name", "protocol", "prompt", "train_on_inputs", "limit")
+"""What a job's rows depend on besides their place."""
 
 
 class Reader:
@@ -42,16 +45,7 @@ class Reader:
         rows: Sequence[Sample] = self._training_rows(job)
         held_out: Sequence[Sample] = ()
         if job.eval_data is not None:
-            held_out = load_training_samples(
-                job.task_name,
-                job.eval_data,
-                self.tokenizer,
-                self.cutoff_len,
-                split=_held_out_split(job.task_name),
-                prompt=job.prompt,
-                train_on_inputs=job.train_on_inputs,
-                limit=job.limit,
-            )
+            held_out = self._samples(job.eval_data, _held_out_split(job), *_settings(job))
         elif job.val_set_size:
             if job.val_set_size >= len(rows):
                 message = f"{job.val_set_size} of {len(rows)} rows leaves none"
@@ -60,22 +54,22 @@ class Reader:
         return rows, HeldOut(job.name, held_out, job.evaluate_batch_size) if held_out else None
 
     def _training_rows(self, job: JobConfig) -> Samples:
-        samples = self._samples(job.task_name, job.data, job.prompt, job.train_on_inputs, job.limit)
+        samples = self._samples(job.data, "train", *_settings(job))
         log.info("%s: %s", job.name, samples.report)
         if samples.report.dropped or samples.report.truncated:
             log.warning("%s: %s", job.name, samples.report)
         return samples
 
-    def _read(
-        self, task: str, data: str | None, prompt: str | None, train_on_inputs: bool, limit: int | None
-    ) -> Samples:
-        return load_training_samples(
-            task, data, self.tokenizer, self.cutoff_len, prompt=prompt, train_on_inputs=train_on_inputs, limit=limit
-        )
+    def _read(self, data: str | None, split: Split, *settings: Any) -> Samples:
+        named = dict(zip(SETTINGS, settings, strict=True))
+        return load_training_samples(data=data, split=split, tokenizer=self.tokenizer, cutoff_len=self.cutoff_len, **named)
 
 
-def _held_out_split(task_name: str) -> Literal["validation", "test"]:
+def _settings(job: JobConfig) -> list[Any]:
+    return [getattr(job, key) for key in SETTINGS]
+
+
+def _held_out_split(job: JobConfig) -> Split:
     """Return which split of `eval_data` to read: validation, or what the tasks are scored on where one has none."""
-    if task_name == CASUAL or all(find_task(name).source.validation for name in task_names(task_name)):
-        return "validation"
-    return "test"
+    names = [] if job.task_name == CASUAL else task_names(job.task_name)
+    return "validation" if all(find_task(name, job.protocol).source.validation for name in names) else "test"

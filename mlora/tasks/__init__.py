@@ -1,10 +1,24 @@
 """Benchmarks: rows of published data sets as prompt, choices and answer. Knows neither tensors nor files."""
 
 from mlora.tasks import letter, loglikelihood  # noqa: F401  registers the tasks
-from mlora.tasks.base import TASKS, Protocol, Question, Row, RowError, Source, Task, UnknownTaskError, find_task
+from mlora.tasks.base import (
+    PROTOCOLS,
+    TASKS,
+    Protocol,
+    Question,
+    Row,
+    RowError,
+    Source,
+    Task,
+    UnknownTaskError,
+    find_task,
+    folder_names,
+    known_tasks,
+)
 from mlora.tasks.metrics import Score, accuracy
 
 __all__ = [
+    "PROTOCOLS",
     "TASKS",
     "Protocol",
     "Question",
@@ -16,4 +30,6 @@ __all__ = [
     "UnknownTaskError",
     "accuracy",
     "find_task",
+    "folder_names",
+    "known_tasks",
 ]

@@ -13,9 +13,9 @@ from typing import Any
 from mlora.tasks.base import Row, RowError
 
 
-def text(row: Row, field: str) -> str:
-    """Return a column's text, which may not be blank."""
-    return _text(_value(row, field), field)
+def text(row: Row, field: str, *, blank: bool = False) -> str:
+    """Return a column's text, which may be blank only where that is said."""
+    return _text(_value(row, field), field, blank)
 
 
 def texts(row: Row, field: str) -> tuple[str, ...]:
@@ -87,10 +87,10 @@ def _texts(value: Any, field: str) -> tuple[str, ...]:
     return tuple(_text(item, f"{field}[{i}]") for i, item in enumerate(value))
 
 
-def _text(value: Any, field: str) -> str:
+def _text(value: Any, field: str, blank: bool = False) -> str:
     if not isinstance(value, str):
         raise RowError(field, f"is {_excerpt(value)}, expected text")
-    if not value.strip():
+    if not (blank or value.strip()):
         raise RowError(field, "is empty")
     check_unicode(value, field)
     return value

@@ -13,8 +13,23 @@ from mlora.tasks import fields
 from mlora.tasks.base import Question, Row, RowError, Source, register
 
 ACCURACY = ("accuracy",)
-WINOGRANDE = Source("allenai/winogrande", "winogrande_debiased", test="validation")
-PUBMEDQA = Source("qiaojin/PubMedQA", "pqa_labeled", test="train", train_subset="pqa_artificial")
+ARC_E = Source("allenai/ai2_arc", "ARC-Easy", validation="validation", train_rows=2251, test_rows=2376)
+ARC_C = Source("allenai/ai2_arc", "ARC-Challenge", validation="validation", train_rows=1119, test_rows=1172)
+OBQA = Source("allenai/openbookqa", "main", validation="validation", train_rows=4957, test_rows=500)
+CSQA = Source("tau/commonsense_qa", test="validation", train_rows=9741, test_rows=1221)
+BOOLQ = Source("google/boolq", test="validation", train_rows=9427, test_rows=3270)
+PIQA = Source("baber/piqa", test="validation", train_rows=16113, test_rows=1838)
+SIQA = Source("lighteval/siqa", test="validation", train_rows=33410, test_rows=1954)
+HELLASWAG = Source("Rowan/hellaswag", test="validation", train_rows=39905, test_rows=10042)
+WINOGRANDE = Source("allenai/winogrande", "winogrande_debiased", test="validation", train_rows=9248, test_rows=1267)
+PUBMEDQA = Source(
+    "qiaojin/PubMedQA",
+    "pqa_labeled",
+    test="train",
+    train_subset="pqa_artificial",
+    train_rows=211269,
+    test_rows=1000,
+)
 PLEASE_CHOOSE = "Please choose the correct answer to the question: "
 
 
@@ -26,30 +41,30 @@ def lettered(head: str, options: tuple[str, ...], separator: str, tail: str, ans
     return Question(head + body + tail, tuple(f" {letter}" for letter in ascii_uppercase[: len(options)]), answer)
 
 
-@register("arc-e", "letter", Source("allenai/ai2_arc", "ARC-Easy", validation="validation"), metrics=ACCURACY)
-@register("arc-c", "letter", Source("allenai/ai2_arc", "ARC-Challenge", validation="validation"), metrics=ACCURACY)
-@register("csqa", "letter", Source("tau/commonsense_qa", test="validation"), metrics=ACCURACY)
+@register("arc-e", "letter", ARC_E, metrics=ACCURACY)
+@register("arc-c", "letter", ARC_C, metrics=ACCURACY)
+@register("csqa", "letter", CSQA, metrics=ACCURACY)
 def arc(row: Row) -> Question:
     """A science or common-sense question with three to five options."""
     options, answer = fields.options(row)
     return lettered(PLEASE_CHOOSE + fields.text(row, "question"), options, " ", "\nAnswer:", answer)
 
 
-@register("obqa", "letter", Source("allenai/openbookqa", "main", validation="validation"), metrics=ACCURACY)
+@register("obqa", "letter", OBQA, metrics=ACCURACY)
 def obqa(row: Row) -> Question:
     """The beginning of a sentence, or a question, with four options."""
     options, answer = fields.options(row)
     return lettered(PLEASE_CHOOSE + fields.text(row, "question_stem"), options, " ", "\nAnswer:", answer)
 
 
-@register("boolq", "letter", Source("google/boolq", test="validation"), metrics=ACCURACY)
+@register("boolq", "letter", BOOLQ, metrics=ACCURACY)
 def boolq(row: Row) -> Question:
     """A yes-or-no question; the passage is not shown."""
     prompt = f"Please answer the following question with true or false: {fields.text(row, 'question')}?\nAnswer:"
     return Question(prompt, (" true", " false"), fields.index(row, "answer", ("true", "false")))
 
 
-@register("piqa", "letter", Source("baber/piqa", test="validation"), metrics=ACCURACY)
+@register("piqa", "letter", PIQA, metrics=ACCURACY)
 def piqa(row: Row) -> Question:
     """An everyday goal and two ways to reach it."""
     head = (
@@ -60,7 +75,7 @@ def piqa(row: Row) -> Question:
     return lettered(head, solutions, "\n", "\n\nCorrect solution:", fields.index(row, "label", ("0", "1")))
 
 
-@register("siqa", "letter", Source("lighteval/siqa", test="validation"), metrics=ACCURACY)
+@register("siqa", "letter", SIQA, metrics=ACCURACY)
 def siqa(row: Row) -> Question:
     """A social situation and a question about it."""
     head = (
@@ -71,7 +86,7 @@ def siqa(row: Row) -> Question:
     return lettered(head, answers, "\n", "\nAnswer:", fields.index(row, "label", ("1", "2", "3")))
 
 
-@register("hellaswag", "letter", Source("Rowan/hellaswag", test="validation"), metrics=ACCURACY)
+@register("hellaswag", "letter", HELLASWAG, metrics=ACCURACY)
 def hellaswag(row: Row) -> Question:
     """The beginning of a description and four ways to go on."""
     head = (
@@ -82,9 +97,7 @@ def hellaswag(row: Row) -> Question:
     return lettered(head, endings, "\n", "\nAnswer:", fields.index(row, "label", [str(i) for i in range(len(endings))]))
 
 
-@register(
-    "winogrande", "letter", Source("allenai/winogrande", "winogrande_debiased", test="validation"), metrics=ACCURACY
-)
+@register("winogrande", "letter", WINOGRANDE, metrics=ACCURACY)
 def winogrande(row: Row) -> Question:
     """A sentence with a blank and two fillers."""
     head = (
