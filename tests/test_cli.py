@@ -144,7 +144,7 @@ def test_every_flag_of_gen_changes_the_file() -> None:
     for flag, key, kind, _ in OVERRIDES:
         if flag == "use_dora":  # a key of its method, once that is registered
             continue
-        value = "linear" if flag == "lr_scheduler" else values[kind]
+        value = {"lr_scheduler": "linear", "protocol": "letter"}.get(flag) or values[kind]
         extra = ["--micro_batch_size", "4"] if flag == "batch_size" else []
         config = generated(f"--{flag}", value, *extra)
         written = config.get(key, config["lora"][0].get(key))

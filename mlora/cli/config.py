@@ -10,8 +10,10 @@ import click
 from mlora.cli.options import all_of, option
 from mlora.cli.program import program
 from mlora.config.templates import template_names
+from mlora.tasks import PROTOCOLS, TASKS
 
 OVERRIDES = [
+    ("protocol", "protocol", click.Choice(PROTOCOLS), "How tasks are scored. [default: by letters where they can be]"),
     ("cutoff_len", "cutoff_len", int, "Longest sequence in tokens; -1: the model's maximum."),
     ("save_step", "save_step", int, "Optimizer steps between checkpoints."),
     ("prompt_template", "prompt", str, "Prompt template of instruction data."),
@@ -78,16 +80,15 @@ def gen(
 def avail() -> None:
     """List tasks, methods and templates."""
     from mlora.adapters import METHODS
-    from mlora.tasks import TASKS
+    from mlora.report.table import columns
 
-    rows = [("TASK", "PROTOCOL", "METRIC", "VERSION", "DATA")]
-    for name, task in sorted(TASKS.items(), key=lambda item: (item[1].protocol, item[0])):
-        hub = task.source.hub if task.source.subset is None else f"{task.source.hub}:{task.source.subset}"
-        rows.append((name, task.protocol, ", ".join(task.metrics), str(task.version), hub))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        cells = [text.ljust(width) for text, width in zip(row, widths, strict=False)]
-        click.echo("  ".join([*cells, row[-1]]))
+    rows = []
+    for (protocol, name), task in sorted(TASKS.items()):
+        source = task.source
+        data = source.hub if source.subset is None else f"{source.hub}:{source.subset}"
+        sizes = ("?" if size is None else f"{size:,}" for size in (source.train_rows, source.test_rows))
+        rows.append([name, protocol, ", ".join(task.metrics), data, str(task.version), *sizes])
+    click.echo(columns(["task", "protocol", "metric", "data", "version", "train", "test"], rows, left=4))
     click.echo(f"\nMethods:   {', '.join(METHODS)}")
     click.echo(f"Templates: {', '.join(template_names())}")
 

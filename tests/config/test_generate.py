@@ -93,8 +93,8 @@ def test_data_by_position_or_by_folder() -> None:
 def test_subsets_lose_their_colon(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlora.tasks import TASKS
 
-    if "glue:sst2" not in TASKS:
-        monkeypatch.setitem(TASKS, "glue:sst2", TASKS["piqa"])
+    if ("classification", "glue:sst2") not in TASKS:
+        monkeypatch.setitem(TASKS, ("classification", "glue:sst2"), TASKS["letter", "piqa"])
     Path("data", "glue-sst2").mkdir(parents=True)
     assert jobs(generate("lora", "glue:sst2", data_path="data")) == [("sst2_0", "glue:sst2", "data/glue-sst2")]
     with pytest.raises(ConfigError, match='did you mean "glue:sst2"'):

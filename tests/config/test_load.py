@@ -100,8 +100,8 @@ def test_the_keys_of_a_job_and_a_method_differ() -> None:
         assert not {*job_keys(), *METHOD_KEYS, "method"} & set(cls.model_fields)
 
 
-DOCUMENTED = """name task_name data prompt optim scheduler_type warmup_steps warmup_ratio lr momentum weight_decay
-    max_grad_norm loraplus_lr_ratio batch_size micro_batch_size evaluate_batch_size num_epochs evaluate_steps
+DOCUMENTED = """name protocol task_name data prompt optim scheduler_type warmup_steps warmup_ratio lr momentum
+    weight_decay max_grad_norm loraplus_lr_ratio batch_size micro_batch_size evaluate_batch_size num_epochs evaluate_steps
     group_by_length train_on_inputs eval_data val_set_size limit sparse_step""".split()
 DOCUMENTED_FOR_RUN = """cutoff_len save_step train_lora_candidate_num train_lora_simultaneously_num train_strategy
     inference_lora_simultaneously_num eval_lora_simultaneously_num evaluate_result lora""".split()
@@ -239,6 +239,7 @@ def test_a_wrong_value_is_shown_with_what_is_allowed(key: str, value: Any) -> No
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_ratio"),
         ({"eval_data": "x.jsonl", "val_set_size": 3}, "val_set_size"),
         ({"task_name": "arc-e;arc-c;piqa", "data": "a;b"}, "data"),
+        ({"protocol": "loglikelihood", "task_name": "arc-e;csqa"}, "task_name"),
     ],
 )
 def test_keys_that_do_not_go_together(entry: dict[str, Any], path: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from mlora.data import NO_LABEL, DataError, Sample, load_questions, load_training_samples
-from mlora.tasks import TASKS
+from mlora.tasks import known_tasks
 from tests.tasks.rows import ARC, ROWS
 
 Tok = PreTrainedTokenizerBase
@@ -204,7 +204,7 @@ def test_mutated_rows_raise_nothing_but_data_errors(tmp_path: Path, characters: 
         write(path, mutated(rows[task], draw))
         try:
             load_training_samples(name, str(path), characters, 256)
-            if name in TASKS:
+            if name in known_tasks():
                 load_questions(name, str(path))
         except DataError as error:
             wrong += 1

@@ -10,14 +10,14 @@ import pytest
 from mlora.data import load_questions
 from mlora.data.demo import THINGS, write_demo_data
 from mlora.data.sources import task_rows
-from mlora.tasks import TASKS
+from mlora.tasks import find_task
 
 WORDS = {name for names in THINGS.values() for name in names.split()}
 
 
 def words(folder: Path, task: str, split: str) -> set[str]:
     """Things named in a split."""
-    text = " ".join(str(dict(row.values)) for row in task_rows(TASKS[task], str(folder / task), split))
+    text = " ".join(str(dict(row.values)) for row in task_rows(find_task(task), str(folder / task), split))
     return WORDS & set(re.findall(r"\w+", text))
 
 

@@ -14,7 +14,7 @@ import pytest
 from mlora.data import DataError, UnreachableError
 from mlora.data.readers import read_file
 from mlora.data.sources import instruction_rows, is_local, local_rows, task_rows
-from mlora.tasks import TASKS
+from mlora.tasks import find_task
 
 ROWS = [{"question": "is a leaf green", "answer": True}, {"question": 'is "ice" hot,\nor é', "answer": False}]
 
@@ -42,8 +42,8 @@ def write(folder: Path, name: str) -> Path:
 )
 def test_every_format_gives_the_same_questions(tmp_path: Path, name: str) -> None:
     rows = list(read_file(write(tmp_path, name)))
-    found = [TASKS["boolq"].build(row.values) for row in rows]
-    assert found == [TASKS["boolq"].build(row) for row in ROWS]
+    found = [find_task("boolq").build(row.values) for row in rows]
+    assert found == [find_task("boolq").build(row) for row in ROWS]
     assert all(name in row.origin for row in rows)
 
 
@@ -86,18 +86,18 @@ def test_folders_have_a_file_or_files_per_split(tmp_path: Path) -> None:
     (tmp_path / "training_notes.jsonl").write_text("no data")
     assert len(list(local_rows(str(tmp_path), "train"))) == 2
     # BoolQ is evaluated on its published validation split.
-    assert len(list(task_rows(TASKS["boolq"], str(tmp_path), "test"))) == 4
+    assert len(list(task_rows(find_task("boolq"), str(tmp_path), "test"))) == 4
     with pytest.raises(
         DataError, match="no file for the split 'test' .test.jsonl, say.; there are: train.csv, training"
     ):
-        list(task_rows(TASKS["arc-e"], str(tmp_path), "test"))
+        list(task_rows(find_task("arc-e"), str(tmp_path), "test"))
     with pytest.raises(DataError, match="boolq: no labelled validation split besides"):
-        list(task_rows(TASKS["boolq"], str(tmp_path), "validation"))
+        list(task_rows(find_task("boolq"), str(tmp_path), "validation"))
 
 
 def test_pubmedqa_is_evaluated_on_a_file_called_test(tmp_path: Path) -> None:
     write(tmp_path, "test.jsonl")
-    assert len(list(task_rows(TASKS["pubmedqa"], str(tmp_path), "test"))) == 2
+    assert len(list(task_rows(find_task("pubmedqa"), str(tmp_path), "test"))) == 2
 
 
 def test_saved_data_sets(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_published_ids_subsets_and_splits(asked: list[tuple[Any, ...]]) -> None:
         ("arc-c", "me/copy", "test"),
         ("pubmedqa", "me/copy:own", "train"),
     ]:
-        assert len(list(task_rows(TASKS[task], data, split))) == 2
+        assert len(list(task_rows(find_task(task), data, split))) == 2
     assert (
         list(instruction_rows("yahma/alpaca-cleaned:all"))[1].origin == "yahma/alpaca-cleaned:all, split train, row 2"
     )
@@ -188,5 +188,5 @@ def test_hub_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Excep
     with pytest.raises(
         DataError, match="'validation' of google/boolq .*: .*Without a network .*validation.jsonl"
     ) as info:
-        list(task_rows(TASKS["boolq"], None, "test"))
+        list(task_rows(find_task("boolq"), None, "test"))
     assert type(info.value) is kind

@@ -35,19 +35,22 @@ def questions(count: int, longest_choice: int) -> list[EncodedQuestion]:
         options = draw.randrange(2, 6)
         firsts = draw.sample(range(3, VOCABULARY), options)
         choices = tuple((first, *tokens(draw.randrange(longest_choice))) for first in firsts)
+        unscored = tuple(draw.randrange(len(choice)) for choice in choices)
         lengths = tuple(draw.randrange(1, 20) for _ in choices)
-        made.append(EncodedQuestion(tokens(draw.randrange(2, 12)), choices, lengths, draw.randrange(options)))
+        made.append(EncodedQuestion(tokens(draw.randrange(2, 12)), choices, unscored, lengths, draw.randrange(options)))
     return made
 
 
-def slow_log_likelihood(model: MultiAdapterModel, adapter: str | None, prompt: tuple, choice: tuple) -> float:
+def slow_log_likelihood(
+    model: MultiAdapterModel, adapter: str | None, prompt: tuple, choice: tuple, unscored: int
+) -> float:
     model.scope.default = adapter
     ids = torch.tensor([[*prompt, *choice]])
     with torch.no_grad():
         logits = model.hf_model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].double()
     model.scope.default = None
     log_p = logits.log_softmax(-1)
-    return sum(log_p[len(prompt) + i - 1, token].item() for i, token in enumerate(choice))
+    return sum(log_p[len(prompt) + i - 1, token].item() for i, token in enumerate(choice) if i >= unscored)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
@@ -59,7 +62,8 @@ def test_equals_the_slow_scorer(model: MultiAdapterModel, protocol: str, batch_s
     assert len(predictions) == len(requests)
     for request, prediction in zip(requests, predictions, strict=True):
         q = request.question
-        expected = [slow_log_likelihood(model, request.adapter, q.prompt_ids, ids) for ids in q.choice_ids]
+        choices = zip(q.choice_ids, q.unscored, strict=True)
+        expected = [slow_log_likelihood(model, request.adapter, q.prompt_ids, ids, skip) for ids, skip in choices]
         if protocol == "loglikelihood":
             assert prediction.scores == pytest.approx(expected, abs=1e-3)
             normed = [e / n for e, n in zip(expected, q.choice_characters, strict=True)]

@@ -30,6 +30,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "social_iqa": SIQA,
     "hellaswag": {
         "activity_label": "Cooking",
+        "ctx_a": "A man cracks an egg.",
+        "ctx_b": "he",
         "ctx": "A man cracks an egg. he",
         "endings": ["eats a car.", "whisks it.", "flies off.", "sleeps."],
         "label": "1",

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mlora.config.names import subfolder
 from mlora.data.sources import task_rows
-from mlora.tasks import TASKS, Question, RowError
+from mlora.tasks import TASKS, Protocol, Question, RowError, find_task
 from tests.tasks.rows import ARC, ROWS
 
 ABCD = (" A", " B", " C", " D")
@@ -97,53 +98,97 @@ FIRST_LOGLIKELIHOOD_QUESTIONS = {
         2,
     ),
 }
-FOLDERS = {"arc_easy": "arc-e", "arc_challenge": "arc-c", "openbookqa": "obqa", "social_iqa": "siqa"}
 
 
-def questions(shared: Path, task: str) -> list[Question]:
-    rows = task_rows(TASKS[task], str(shared / "data" / FOLDERS.get(task, task)), "test")
-    return [TASKS[task].build(row.values) for row in rows]
+def questions(shared: Path, name: str, protocol: Protocol) -> list[Question]:
+    task = find_task(name, protocol)
+    return [task.build(row.values) for row in task_rows(task, str(subfolder(shared / "data", name)), "test")]
 
 
-@pytest.mark.parametrize(("task", "expected"), (FIRST_LETTER_QUESTIONS | FIRST_LOGLIKELIHOOD_QUESTIONS).items())
+@pytest.mark.parametrize(("task", "expected"), FIRST_LETTER_QUESTIONS.items())
 def test_first_published_row_has_the_published_prompt(shared: Path, task: str, expected: Question) -> None:
-    assert questions(shared, task)[0] == expected
+    assert questions(shared, task, "letter")[0] == expected
+
+
+@pytest.mark.parametrize(("task", "expected"), FIRST_LOGLIKELIHOOD_QUESTIONS.items())
+def test_first_published_row_has_the_harness_s_prompt(shared: Path, task: str, expected: Question) -> None:
+    assert questions(shared, task, "loglikelihood")[0] == expected
 
 
 def test_every_published_arc_row_has_the_options_it_names(shared: Path) -> None:
-    found = questions(shared, "arc-e") + questions(shared, "arc-c")
+    found = questions(shared, "arc-e", "letter") + questions(shared, "arc-c", "letter")
     assert Counter(len(q.choices) for q in found) == {4: 2268 + 97 + 1144 + 21, 3: 7 + 3 + 1, 5: 4 + 3}
     assert {q.choices for q in found} == {(" A", " B", " C"), ABCD, (*ABCD, " E")}
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_invented_row(task: str) -> None:
-    question = TASKS[task].build(ROWS[task])
+RIGHT = {
+    "letter": {"boolq": "true", "pubmedqa": "yes", "winogrande": "A", "piqa": "A", "siqa": "A", "hellaswag": "B"},
+    "loglikelihood": {
+        "boolq": "yes",
+        "winogrande": "shook.",
+        "piqa": "Turn the lid",
+        "social_iqa": "glad",
+        "hellaswag": "whisks it.",
+    },
+}
+
+
+@pytest.mark.parametrize(("protocol", "name"), [key for key in TASKS if key[0] in RIGHT])
+def test_invented_row(protocol: Protocol, name: str) -> None:
+    question = TASKS[protocol, name].build(ROWS[name])
     assert all(choice.startswith(" ") and choice.strip() for choice in question.choices)
-    right = {"boolq": " true", "pubmedqa": " yes", "winogrande": " A", "piqa": " A", "siqa": " A", "hellaswag": " B"}
-    right |= {"arc_easy": " a leaf", "arc_challenge": " a leaf", "openbookqa": " a leaf", "social_iqa": " glad"}
-    assert question.choices[question.answer] == right.get(task, " C")
+    right = RIGHT[protocol].get(name, "C" if protocol == "letter" else "a leaf")
+    assert question.choices[question.answer] == f" {right}"
+
+
+def test_winogrande_s_fillers_are_read_and_what_follows_them_is_scored() -> None:
+    question = find_task("winogrande", "loglikelihood").build(ROWS["winogrande"])
+    assert [question.parts(i) for i in (0, 1)] == [
+        ("The cup fell off the desk as desk", " shook."),
+        ("The cup fell off the desk as cup", " shook."),
+    ]
+
+
+def test_hellaswag_loses_wikihow_s_marks() -> None:
+    row = {
+        "activity_label": "Home",
+        "ctx_a": "[header] How to sit [title] Find a chair.",
+        "ctx_b": "",
+        "endings": ["[step] Sit  down.", "[substeps] Stand up. [title] Run."],
+        "label": "0",
+    }
+    question = find_task("hellaswag", "loglikelihood").build(row)
+    assert question.prompt == "Home: How to sit. Find a chair."
+    assert question.choices == ("  Sit down.", "  Stand up.. Run.")
+
+
+def test_boolq_reads_both_published_columns() -> None:
+    row = {"passage": "Leaves are green.", "question": "is a leaf green"}
+    task = find_task("boolq", "loglikelihood")
+    assert task.build({**row, "label": 1}) == task.build({**row, "answer": True})
+    assert task.build({**row, "label": 0}) == task.build({**row, "answer": "false"})
+    assert task.build({**row, "label": 0}).answer == 0
 
 
 def test_numbers_become_letters() -> None:
     numbered = {**ARC, "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answerKey": "3"}
-    question = TASKS["arc-e"].build(numbered)
+    question = find_task("arc-e").build(numbered)
     assert question.prompt.endswith("? (A) x (B) y (C) z\nAnswer:")
     assert (question.choices, question.answer) == ((" A", " B", " C"), 2)
 
 
 def test_pubmedqa_shows_sections_and_not_the_long_answer() -> None:
-    prompt = TASKS["pubmedqa"].build(ROWS["pubmedqa"]).prompt
+    prompt = find_task("pubmedqa").build(ROWS["pubmedqa"]).prompt
     assert prompt.endswith(
         "Question:\nDoes salt raise blood pressure?\nContext:\n(METHODS) Salt was given.\n(RESULTS) It rose.\nAnswer:"
     )
 
 
 def test_cells_of_a_csv_file_are_read_as_the_hub_types() -> None:
-    assert TASKS["piqa"].build({**ROWS["piqa"], "label": "1"}).answer == 1
-    assert TASKS["boolq"].build({**ROWS["boolq"], "answer": "false"}).answer == 1
+    assert find_task("piqa").build({**ROWS["piqa"], "label": "1"}).answer == 1
+    assert find_task("boolq").build({**ROWS["boolq"], "answer": "false"}).answer == 1
     nested = '{"text": ["x", "y"], "label": ["A", "B"]}'
-    assert TASKS["arc-e"].build({**ARC, "choices": nested, "answerKey": "B"}).answer == 1
+    assert find_task("arc-e").build({**ARC, "choices": nested, "answerKey": "B"}).answer == 1
 
 
 @pytest.mark.parametrize(
@@ -172,5 +217,5 @@ def test_cells_of_a_csv_file_are_read_as_the_hub_types() -> None:
 )
 def test_an_unusable_row_names_its_field(task: str, change: dict[str, object], message: str) -> None:
     with pytest.raises(RowError) as raised:
-        TASKS[task].build({**ROWS[task], **change})
+        find_task(task).build({**ROWS[task], **change})
     assert message in str(raised.value)
