@@ -62,7 +62,9 @@ class Reader:
 
     def _read(self, data: str | None, split: Split, *settings: Any) -> Samples:
         named = dict(zip(SETTINGS, settings, strict=True))
-        return load_training_samples(data=data, split=split, tokenizer=self.tokenizer, cutoff_len=self.cutoff_len, **named)
+        return load_training_samples(
+            data=data, split=split, tokenizer=self.tokenizer, cutoff_len=self.cutoff_len, **named
+        )
 
 
 def _settings(job: JobConfig) -> list[Any]:

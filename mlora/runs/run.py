@@ -164,7 +164,7 @@ class Run:
     def _making(self, name: str) -> card.Making:
         job = next(job for job in self.config.lora if job.name == name)
         tasks = [] if job.task_name == CASUAL else task_names(job.task_name)
-        data = [find_task(task).source.hub for task in tasks] if job.data is None else job.data.split(";")
+        data = [find_task(task, job.protocol).source.hub for task in tasks] if job.data is None else job.data.split(";")
         return card.Making(tuple(data), tuple(command_line()), self.options.random_seed)
 
     # -- evaluation ------------------------------------------------------------------------------------------------
