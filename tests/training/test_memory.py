@@ -128,7 +128,8 @@ def test_other_errors_are_no_shortage_of_memory() -> None:
 
 def questions(count: int) -> list[EncodedQuestion]:
     rows = samples(count, 8)
-    return [EncodedQuestion(r.input_ids, ((5, 6), (7,), (8, 9, 10)), (2, 1, 3), i % 3) for i, r in enumerate(rows)]
+    choices, unscored = ((5, 6), (7,), (8, 9, 10)), (0, 0, 1)
+    return [EncodedQuestion(r.input_ids, choices, unscored, (2, 1, 3), i % 3) for i, r in enumerate(rows)]
 
 
 @pytest.mark.parametrize("protocol", ["letter", "loglikelihood"])
