@@ -6,10 +6,10 @@ Shapes: B rows of L tokens, T packed tokens, V vocabulary, N label positions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from mlora.model.errors import ModelError
 from mlora.model.inject import Sites
 from mlora.model.recompute import recompute_in_backward
 from mlora.model.scope import Flight, Scope
+
+if TYPE_CHECKING:
+    from mlora.model.generate import Piece
 
 log = logging.getLogger(__name__)
 
@@ -307,15 +310,19 @@ class MultiAdapterModel(nn.Module):
         return out
 
     def generate(
-        self, prompts: Sequence[str], adapters: Sequence[str | None], max_new_tokens: int = 128, **generation: Any
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        adapters: Sequence[str | None],
+        max_new_tokens: int = 128,
+        **generation: Any,
     ) -> list[str]:
         """Continue prompts, each with its adapter, in one batch; without dropout.
 
         Args:
-            prompts: texts.
+            prompts: texts, or token ids where the special tokens are in place.
             adapters: name for each prompt; None for the plain base model.
             max_new_tokens: at most this many tokens are added.
-            generation: what transformers' `generate()` takes.
+            generation: what transformers' `generate()` takes; `seed` and `stop`, see `mlora.model.generate.complete`.
 
         Returns:
             The continuations, in the order of the prompts.
@@ -323,6 +330,18 @@ class MultiAdapterModel(nn.Module):
         from mlora.model.generate import generate
 
         return generate(self, prompts, adapters, max_new_tokens, **generation)
+
+    def stream(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        adapters: Sequence[str | None],
+        max_new_tokens: int = 128,
+        **generation: Any,
+    ) -> Iterator[Piece]:
+        """Continue prompts as `generate` does and yield tokens as they come; leaving the loop stops it."""
+        from mlora.model.generate import stream
+
+        return stream(self, prompts, adapters, max_new_tokens, **generation)
 
     @torch.no_grad()
     def score(self, batch: Batch, positions: Tensor, token_ids: Tensor) -> Tensor:
