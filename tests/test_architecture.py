@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "model": {"config", "adapters", "ops"},
     "evaluation": {"model", "data", "tasks"},
     "export": {"model", "config", "adapters", "ops"},
-    "generation": {"model", "data"},
+    "generation": {"model", "data", "config"},
     "training": {"model", "data", "config", "adapters"},
     "runs": {"training", "evaluation", "report", "model", "data", "tasks", "config", "adapters"},
     "cli": {"generation", "runs", "export", "config", "tasks", "adapters", "report", "data"},

@@ -36,6 +36,21 @@ def all_of(decorators: Sequence[Decorator]) -> Decorator:
     return decorate
 
 
+class SeveralValues(click.Command):
+    """A command whose flags that may be repeated take several values at once: `--lora_weights a b c`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        several = {flag for p in self.params if isinstance(p, click.Option) and p.multiple for flag in p.opts}
+        spread, latest = [], ""
+        for before, word in zip(["", *args], args, strict=False):
+            if word.startswith("--"):
+                latest = word.partition("=")[0]
+            elif latest in several and before != latest:
+                spread.append(latest)
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
 base_model = option("base_model", 'Local folder, hub id, GGUF file, or "smollm2".', required=True)
 base_source = all_of(
     [

@@ -1,20 +1,20 @@
-"""What `generate.py` does: one instruction, answered by the base model or by adapters."""
+"""What `generate.py` does: prompts, answered by the base model and by adapters, all in one batch."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from mlora.data import DataError, find_prompt
-from mlora.model import load
-from mlora.model.errors import ModelError
-from mlora.model.integration import find_adapter
+from mlora.data import DataError
+from mlora.generation.form import find_form
+from mlora.generation.opened import BASE, ModelOptions, open_model
+from mlora.generation.prompts import Prompt, read_prompts
+from mlora.generation.sampling import Sampling
+from mlora.model.generate import Completion, Piece, complete
 from mlora.model.multi import MultiAdapterModel
-
-BASE = "base model"
 
 
 @dataclass(frozen=True)
@@ -22,32 +22,28 @@ class Asked:
     """The flags of `generate.py`.
 
     Attributes:
-        base_model: local folder, hub id, GGUF file, or "smollm2".
-        instruction: what is asked.
-        input: that the instruction is about.
-        lora_weights: adapter folders or hub ids; the base model answers where there is none.
-        template: prompt template, by name or path.
-        max_new_tokens: at most this many tokens are added.
-        dtype: "bf16", "fp16" or "fp32"; None for bf16 on CUDA and fp32 on the CPU.
-        quantize: "4bit" or "8bit"; None for full weights.
-        device: "cpu", "cuda", ...; None for a GPU where there is one.
+        model: what is loaded.
+        sampling: how answers are drawn.
+        instructions: what is asked.
+        input: that the instructions are about.
+        prompts: file of prompts, instead or besides.
+        base: let the base model answer beside adapters; it does where there are none.
+        template: prompt template, by name or path; "chat" or "none".
+        batch_size: answers computed at a time.
         stream: print tokens as they come.
-        revision: of the base model on the hub.
-        trust_remote_code: run code from the base model's repository.
+        json: print a line of JSON for each answer.
     """
 
-    base_model: str
-    instruction: str
+    model: ModelOptions
+    sampling: Sampling
+    instructions: tuple[str, ...] = ()
     input: str = ""
-    lora_weights: tuple[str, ...] = ()
+    prompts: str | None = None
+    base: bool = False
     template: str | None = None
-    max_new_tokens: int = 128
-    dtype: str | None = None
-    quantize: str | None = None
-    device: str | None = None
+    batch_size: int = 32
     stream: bool = False
-    revision: str | None = None
-    trust_remote_code: bool = False
+    json: bool = False
 
 
 def main(asked: Asked) -> int:
@@ -55,36 +51,115 @@ def main(asked: Asked) -> int:
     try:
         answer(asked)
         return 0
-    except (ModelError, DataError, ValueError) as error:
+    except (DataError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def answer(asked: Asked) -> None:
-    """Print what every adapter answers, greedily."""
-    prompt = find_prompt(asked.template).render(asked.instruction, asked.input)
-    folders = [find_adapter(name) for name in asked.lora_weights]
-    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = MultiAdapterModel.from_pretrained(
-        asked.base_model,
-        dtype=load.DTYPES[asked.dtype or ("bf16" if device.startswith("cuda") else "fp32")],
-        device=device,
-        quantization=asked.quantize,
-        revision=asked.revision,
-        trust_remote_code=asked.trust_remote_code,
-    )
-    # the user has named these folders, so the predecessors' .bin may be read: tensors only
-    names: list[str | None] = [model.load_adapter(folder, f"adapter_{i}", True) for i, folder in enumerate(folders)]
-    names = names or [None]
-    shown = [str(name) for name in asked.lora_weights] or [BASE]
-    settings: dict[str, Any] = {"max_new_tokens": asked.max_new_tokens, "do_sample": False}
-    if not asked.stream:
-        for name, text in zip(shown, model.generate([prompt] * len(names), names, **settings), strict=True):
-            print(f"== {name}\n{text.strip()}\n", flush=True)
-        return
-    from transformers import TextStreamer
+    """Print what every adapter answers to every prompt."""
+    prompts = [Prompt(instruction, asked.input) for instruction in asked.instructions]
+    prompts += read_prompts(asked.prompts) if asked.prompts is not None else []
+    model, folders = open_model(asked.model)
+    form = find_form(asked.template, model.tokenizer)
+    who: list[tuple[str, str | None]] = list(zip(asked.model.lora_weights, folders, strict=True))
+    if asked.base or not who:
+        who.insert(0, (BASE, None))
+    if asked.template is None:
+        print(f"prompts are put in the form {form.name!r}; --template chooses another", file=sys.stderr)
+    rows = [
+        _Row(number, prompt, form.encode(*prompt), shown, adapter)
+        for number, prompt in enumerate(prompts)
+        for shown, adapter in who
+    ]
+    printer = (_Json if asked.json else _Live if asked.stream else _Printer)(rows, len(prompts))
+    for start in range(0, len(rows), asked.batch_size):
+        chunk = rows[start : start + asked.batch_size]
+        for row, done in zip(chunk, _complete(model, chunk, asked.sampling, printer, start), strict=True):
+            printer.answered(row, done)
 
-    for name, adapter in zip(shown, names, strict=True):
-        print(f"== {name}", flush=True)
-        streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        model.generate([prompt], [adapter], streamer=streamer, **settings)
+
+@dataclass(frozen=True)
+class _Row:
+    number: int
+    prompt: Prompt
+    tokens: list[int]
+    shown: str
+    adapter: str | None
+
+
+def _complete(
+    model: MultiAdapterModel, rows: Sequence[_Row], sampling: Sampling, printer: _Printer, start: int
+) -> list[Completion]:
+    prompts, adapters = [row.tokens for row in rows], [row.adapter for row in rows]
+    on_piece = printer.live(start)
+    keywords = sampling.keywords()
+    return complete(model, prompts, adapters, keywords.pop("max_new_tokens"), on_piece=on_piece, **keywords)
+
+
+class _Printer:
+    """Prints each answer when it is whole."""
+
+    def __init__(self, rows: Sequence[_Row], prompts: int) -> None:
+        self.rows, self.prompts = rows, prompts
+
+    def live(self, start: int) -> Any:
+        """Return who is told each token of the rows from `start` on; None where nobody asks."""
+        return None
+
+    def answered(self, row: _Row, done: Completion) -> None:
+        """Print an answer."""
+        print(f"{self.heading(row)}{done.text.strip()}\n", flush=True)
+
+    def heading(self, row: _Row) -> str:
+        """Return the lines above an answer: the prompt, where there are several, and who answers."""
+        first = self.prompts > 1 and row.shown == self.rows[0].shown
+        asked = f"[{row.number + 1}] {row.prompt.instruction}\n" if first else ""
+        return f"{asked}== {row.shown}\n"
+
+
+class _Live(_Printer):
+    """Prints tokens as they come, one answer below the other: those further down catch up when their turn comes."""
+
+    def __init__(self, rows: Sequence[_Row], prompts: int) -> None:
+        super().__init__(rows, prompts)
+        self.turn = 0
+        self.waiting: list[list[Piece]] = [[] for _ in rows]
+        print(self.heading(rows[0]), end="", flush=True)
+
+    def live(self, start: int) -> Any:
+        def show(piece: Piece) -> None:
+            self.waiting[piece.row + start].append(piece)
+            self._catch_up()
+
+        return show
+
+    def _catch_up(self) -> None:
+        while self.turn < len(self.rows):
+            pieces, self.waiting[self.turn] = self.waiting[self.turn], []
+            print("".join(piece.text for piece in pieces), end="", flush=True)
+            if not any(piece.finish for piece in pieces):
+                return
+            self.turn += 1
+            print("\n" if self.turn == len(self.rows) else f"\n\n{self.heading(self.rows[self.turn])}", end="")
+
+    def answered(self, row: _Row, done: Completion) -> None:
+        pass
+
+
+class _Json(_Printer):
+    """Prints a line of JSON for each answer."""
+
+    def answered(self, row: _Row, done: Completion) -> None:
+        record = {
+            "instruction": row.prompt.instruction,
+            "input": row.prompt.input,
+            "adapter": None if row.adapter is None else row.shown,
+            "text": done.text,
+            "prompt_tokens": done.prompt_tokens,
+            "new_tokens": len(done.token_ids),
+            "finish_reason": done.finish,
+        }
+        print(json.dumps(record, ensure_ascii=False), flush=True)

@@ -34,7 +34,7 @@ _WARPERS = {
     "min_p": (logits_process.MinPLogitsWarper, 0.0),
     "typical_p": (logits_process.TypicalLogitsWarper, 1.0),
 }
-"""What narrows the distribution that a row draws from, in transformers' order, and the value that leaves it as it is."""
+"""What narrows the distribution that a row draws from, in transformers' order, and the value that leaves it be."""
 
 
 class Piece(NamedTuple):
