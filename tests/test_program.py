@@ -360,6 +360,32 @@ def test_sigterm_saves_a_checkpoint_and_resuming_ends_in_the_same_bits(here: Pat
     assert losses(here / "straight") == losses(here / "broken")
 
 
+def test_a_time_limit_stops_at_a_checkpoint_and_resuming_ends_in_the_same_bits(
+    here: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(adapter("a", num_epochs=6), adapter("b", num_epochs=5, seed=7, **MIXTURE))
+    assert main(RunOptions(str(base), dir="straight")) == 0
+    assert main(RunOptions(str(base), dir="sliced", time_limit=1e-9)) == 0
+    assert "time is up" in capsys.readouterr().out and not (here / "sliced/results.json").exists()
+    assert main(RunOptions(str(base), dir="sliced", resume=True)) == 0
+    for name in ("a", "b"):
+        files = [here / run / "adapters" / name / "adapter_model.safetensors" for run in ("straight", "sliced")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+def test_an_adapter_has_its_own_seed_whatever_the_runs(here: Path, base: Path) -> None:
+    write_config(adapter("a", seed=7, val_set_size=4), adapter("b"))
+    assert main(RunOptions(str(base), dir="one", random_seed=1)) == 0
+    write_config(adapter("a", val_set_size=4))
+    for folder, seed in (("two", 7), ("three", 1)):
+        assert main(RunOptions(str(base), dir=folder, random_seed=seed)) == 0
+    trained = {f: losses(here / f)["a"] for f in ("one", "two", "three")}
+    assert trained["one"] == pytest.approx(trained["two"], rel=1e-5)
+    assert trained["one"] != pytest.approx(trained["three"], rel=1e-3)
+    assert "Seed 7." in Path("one/adapters/a/README.md").read_text()
+    assert [job["seed"] for job in json.loads(Path("one/config.json").read_text())["lora"]] == [7, 1]
+
+
 def evaluations(folder: Path, key: str) -> list[float]:
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [entry[key] for entry in entries if key in entry]

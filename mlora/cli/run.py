@@ -40,6 +40,7 @@ run_options = all_of(
         option("gradient_checkpointing", "Recompute layers in backward: less memory, slower.", bool, default=False),
         option("tf32", "Allow TensorFloat-32 on CUDA.", bool, default=False),
         base_source,
+        option("time_limit", "Minutes after which it stops at a checkpoint.", click.FloatRange(0, min_open=True)),
         option("log_file", "Where the log goes.", default="mlora.log", show_default=True),
         option("debug", "Show tracebacks; find non-finite gradients.", bool, default=False),
     ]

@@ -82,8 +82,14 @@ class JobConfig(BaseModel):
     """Whether sequences of similar length are drawn together."""
     sparse_step: int | None = None
     """No effect: accepted because the predecessors' files have it."""
+    seed: int | None = Field(None, ge=0)
+    """Seed of the adapter's initial values, order of rows, held-out rows and dropout; --random_seed where left out."""
     method: Method
     """The adapter's method with its own settings."""
+
+    def seed_or(self, random_seed: int) -> int:
+        """Return the adapter's own seed, or the run's where it has none."""
+        return random_seed if self.seed is None else self.seed
 
     @field_validator("name")
     @classmethod

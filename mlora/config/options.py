@@ -35,6 +35,7 @@ class RunOptions:
         tf32: allow TensorFloat-32 in float32 products.
         revision: of the base model on the hub.
         trust_remote_code: run code from the base model's repository.
+        time_limit: minutes after which the run stops at a checkpoint; None for no limit.
         log_file: what is logged, tracebacks included.
         debug: show tracebacks, and look for the operation that made a gradient non-finite.
     """
@@ -63,6 +64,7 @@ class RunOptions:
     gradient_checkpointing: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
+    time_limit: float | None = None
     log_file: str = "mlora.log"
     debug: bool = False
 

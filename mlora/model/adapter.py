@@ -22,6 +22,7 @@ class Adapter(nn.Module):
     Attributes:
         name: of the adapter.
         method: its typed config.
+        seed: of its initial values and of its dropout.
         tensors: by site path and declared name.
         blocks: feed-forward blocks it spans, by path.
     """
@@ -36,7 +37,7 @@ class Adapter(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.name, self.method = name, method
+        self.name, self.method, self.seed = name, method, seed
         self.tensors: dict[str, dict[str, nn.Parameter]] = {}
         self.inits: dict[str, dict[str, Init]] = {}
         self.layers: dict[str, int] = {}

@@ -67,7 +67,7 @@ class MultiAdapterModel(nn.Module):
     Args:
         model: any transformers causal language model; wrapped in place.
         origin: where it was loaded from.
-        seed: of initial adapter values and of dropout.
+        seed: of initial adapter values and of dropout, where an adapter has none of its own.
     """
 
     def __init__(self, model: nn.Module, origin: load.Origin, seed: int = 42) -> None:
@@ -132,12 +132,13 @@ class MultiAdapterModel(nn.Module):
         """Typed config of each adapter, by name."""
         return MappingProxyType({name: adapter.method for name, adapter in self._adapters.items()})
 
-    def add_adapter(self, name: str, config: Method | Mapping[str, Any]) -> str:
+    def add_adapter(self, name: str, config: Method | Mapping[str, Any], seed: int | None = None) -> str:
         """Add a new adapter, which changes nothing yet.
 
         Args:
             name: letters, digits and `._-`.
             config: typed, or a dict in the keys of the JSON file.
+            seed: of its initial values and of its dropout; None takes the model's.
 
         Raises:
             ModelError: the name is taken, or target modules do not exist in this model.
@@ -149,13 +150,13 @@ class MultiAdapterModel(nn.Module):
             raise ModelError(f"adapter {name!r} exists already; remove it or choose another name")
         method = config if isinstance(config, Method) else parse_adapter(dict(config))
         longest = self.hf_model.config.get_text_config().max_position_embeddings
-        self._add(name, method.for_length(longest))
+        self._add(name, method.for_length(longest), seed)
         return name
 
-    def _add(self, name: str, method: Method) -> Adapter:
+    def _add(self, name: str, method: Method, seed: int | None = None) -> Adapter:
         linears = self.sites.targets(method.target_modules)
         blocks = self.sites.all_blocks() if method.spans_blocks else []
-        adapter = Adapter(name, method, linears, blocks, self.seed, self.device)
+        adapter = Adapter(name, method, linears, blocks, self.seed if seed is None else seed, self.device)
         self.adapter_modules[_module_name(name)] = adapter
         self._adapters[name] = adapter
         return adapter
@@ -190,8 +191,8 @@ class MultiAdapterModel(nn.Module):
         """Set an adapter's tensors, all of them, from tensors named as in a file; `source` names it in errors."""
         self.adapter_module(name).load_file_tensors(tensors, source)
 
-    def train_as(self, name: str, method: Method) -> None:
-        """Go on training a loaded adapter with a config's settings.
+    def train_as(self, name: str, method: Method, seed: int | None = None) -> None:
+        """Go on training a loaded adapter with a config's settings, and a seed of its dropout where given.
 
         Raises:
             ModelError: they differ in what the adapter computes, not only in how it is trained.
@@ -203,6 +204,7 @@ class MultiAdapterModel(nn.Module):
             said = ", ".join(f"{key} {now.get(key)!r} (saved: {before.get(key)!r})" for key in other)
             kind = f"{method.method} (saved: {adapter.method.method}) {said}"
             raise ModelError(f"adapter {name!r} was saved with other settings than the config's: {kind}")
+        adapter.seed = adapter.seed if seed is None else seed
         kept = {"target_modules": adapter.method.target_modules}
         adapter.method = method.model_copy(update=kept)
 
@@ -434,13 +436,11 @@ class MultiAdapterModel(nn.Module):
         for span in batch.spans:
             keys = None
             if span.adapter is not None:
-                self.adapter_module(span.adapter)
+                seed = self.adapter_module(span.adapter).seed
                 if training:
                     inside = slice(span.start, span.stop)
                     step = batch.steps.get(span.adapter, 0)
-                    keys = ops.stream_keys(
-                        self.seed, span.adapter, step, batch.rows[inside], batch.position_ids[0, inside]
-                    )
+                    keys = ops.stream_keys(seed, span.adapter, step, batch.rows[inside], batch.position_ids[0, inside])
             segments.append(
                 Segment(span.adapter, span.start, span.stop, keys, sequence_lengths=span.lengths, router_logits={})
             )

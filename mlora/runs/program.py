@@ -12,7 +12,7 @@ from mlora.data import DataError
 from mlora.model.errors import ModelError
 from mlora.runs.run import Run, RunError
 from mlora.tasks import UnknownTaskError
-from mlora.training.stop import Stopped
+from mlora.training.stop import Paused, Stopped
 
 BAD_INPUT = (ConfigError, DataError, ModelError, UnknownTaskError)
 
@@ -20,7 +20,7 @@ log = logging.getLogger("mlora")
 
 
 def main(options: RunOptions) -> int:
-    """Run, and return the exit status: 0 done, 1 failed, 2 bad input, 130 interrupted after a checkpoint."""
+    """Run, and return the exit status: 0 done or out of time, 1 failed, 2 bad input, 130 interrupted."""
     try:
         logs = _log_to(options)
         Run(options).run()
@@ -29,6 +29,9 @@ def main(options: RunOptions) -> int:
         return _fail(error, 2, options)
     except RunError as error:
         return _fail(error, 1, options)
+    except Paused as error:
+        print(error)
+        return 0
     except (KeyboardInterrupt, Stopped) as error:
         print(str(error) or "interrupted", file=sys.stderr)
         return 130

@@ -28,7 +28,7 @@ class Reader:
     Args:
         tokenizer: of the base model.
         cutoff_len: tokens of a row.
-        seed: that chooses the rows which are held out.
+        seed: that chooses the rows which are held out, of jobs without a seed of their own.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cutoff_len: int, seed: int) -> None:
@@ -50,7 +50,7 @@ class Reader:
             if job.val_set_size >= len(rows):
                 message = f"{job.val_set_size} of {len(rows)} rows leaves none"
                 raise ConfigError(f"{job.name}: val_set_size", [Problem("", message)])
-            rows, held_out = split(rows, job.val_set_size, self.seed, job.name)
+            rows, held_out = split(rows, job.val_set_size, job.seed_or(self.seed), job.name)
         return rows, HeldOut(job.name, held_out, job.evaluate_batch_size) if held_out else None
 
     def _training_rows(self, job: JobConfig) -> Samples:

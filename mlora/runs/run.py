@@ -26,6 +26,7 @@ from mlora.runs.rows import Reader
 from mlora.runs.session import Session
 from mlora.tasks import find_task
 from mlora.training.job import MAX_SKIPPED, Job
+from mlora.training.stop import Deadline
 
 
 class RunError(Exception):
@@ -44,7 +45,8 @@ class Run:
 
     def __init__(self, options: RunOptions) -> None:
         self.options = options
-        self.config = _limited(load_config(options.config), options.limit)
+        self.deadline = Deadline(options.time_limit)
+        self.config = _with_options(load_config(options.config), options)
         self.folder = RunFolder(options.dir)
         self.origin = load.find(options.base_model, options.revision, options.trust_remote_code)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,7 +79,7 @@ class Run:
         failures: list[str] = []
         if training:
             jobs = [
-                Job(config, samples, model, options.random_seed, held_out)
+                Job(config, samples, model, config.seed_or(options.random_seed), held_out)
                 for config, (samples, held_out) in zip(self.config.lora, rows, strict=True)
             ]
             self._train(model, jobs, written)
@@ -139,9 +141,9 @@ class Run:
                 model.load_adapter(place, job.name)
             elif options.load_adapter:
                 model.load_adapter(place, job.name)
-                model.train_as(job.name, method)
+                model.train_as(job.name, method, job.seed)
             else:
-                model.add_adapter(job.name, method)
+                model.add_adapter(job.name, method, job.seed)
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -151,7 +153,7 @@ class Run:
             for job in jobs:
                 shutil.rmtree(self.folder.checkpoints / job.name, ignore_errors=True)
         self.folder.begin(resolved(self.config), command_line(), asdict(options))
-        session = Session(model, jobs, self.config, self.folder, self._cutoff, self._making)
+        session = Session(model, jobs, self.config, self.folder, self._cutoff, self._making, self.deadline)
         if options.resume:
             session.resume()
         elif not options.load_adapter:
@@ -165,7 +167,7 @@ class Run:
         job = next(job for job in self.config.lora if job.name == name)
         tasks = [] if job.task_name == CASUAL else task_names(job.task_name)
         data = [find_task(task, job.protocol).source.hub for task in tasks] if job.data is None else job.data.split(";")
-        return card.Making(tuple(data), tuple(command_line()), self.options.random_seed)
+        return card.Making(tuple(data), tuple(command_line()), job.seed)
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -194,10 +196,11 @@ def _diverged(job: Job) -> str:
     )
 
 
-def _limited(config: RunConfig, limit: int | None) -> RunConfig:
-    if limit is None:
-        return config
-    return config.model_copy(update={"lora": tuple(job.model_copy(update={"limit": limit}) for job in config.lora)})
+def _with_options(config: RunConfig, options: RunOptions) -> RunConfig:
+    """Return the config with what the command line says of every adapter, so that the saved one is complete."""
+    limit = {} if options.limit is None else {"limit": options.limit}
+    jobs = (job.model_copy(update=limit | {"seed": job.seed_or(options.random_seed)}) for job in config.lora)
+    return config.model_copy(update={"lora": tuple(jobs)})
 
 
 def _set_determinism(options: RunOptions) -> None:

@@ -15,7 +15,7 @@ from mlora.runs.assess import examinations
 from mlora.runs.folder import RunFolder
 from mlora.training import checkpoint
 from mlora.training.job import Job
-from mlora.training.stop import Stop, Stopped
+from mlora.training.stop import Deadline, Paused, Stop, Stopped
 from mlora.training.trainer import train
 
 
@@ -29,6 +29,7 @@ class Session:
         folder: that everything is written to.
         cutoff_len: tokens of an evaluation prompt and its longest choice.
         making: how an adapter came to be, by name, for its card.
+        deadline: end of the time limit.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class Session:
         folder: RunFolder,
         cutoff_len: int,
         making: Callable[[str], card.Making],
+        deadline: Deadline,
     ) -> None:
         self.model, self.jobs, self.config, self.folder = model, jobs, config, folder
-        self.cutoff_len, self.making = cutoff_len, making
+        self.cutoff_len, self.making, self.deadline = cutoff_len, making, deadline
 
     def forget_metrics(self) -> None:
         """Drop what metrics.jsonl has of earlier trainings of the jobs."""
@@ -72,7 +74,7 @@ class Session:
         """Train all jobs to their ends.
 
         Raises:
-            Stopped: a signal asked to stop; a checkpoint is saved.
+            Stopped: a signal asked to stop, or the time is up; a checkpoint is saved.
         """
         totals, done = {j.name: j.total_steps for j in self.jobs}, {j.name: j.step for j in self.jobs}
         saved = dict(done)
@@ -89,14 +91,16 @@ class Session:
                     if job.done:
                         self._finish(job)
                 due = any(job.done or job.step - saved[job.name] >= self.config.save_step for job in stepped)
-                if due or stop.requested:
+                ends = stop.requested or self.deadline.passed
+                if due or ends:
                     checkpoint.save(self.folder.checkpoints, self.jobs, self.model)
                     saved.update((job.name, job.step) for job in self.jobs)
-                return stop.requested
+                return ends
 
             train(self.model, self.jobs, self.config.train_lora_simultaneously_num, after_round)
-        if stop.requested and not all(job.done for job in self.jobs):
-            raise Stopped("interrupted; a checkpoint is saved: the same command with --resume goes on")
+        if not all(job.done for job in self.jobs):
+            kind, why = (Stopped, "interrupted") if stop.requested else (Paused, "time is up")
+            raise kind(f"{why}; a checkpoint is saved: the same command with --resume goes on")
 
     def _examine(self, job: Job) -> None:
         """Measure the held-out loss and keep the adapter where it is the best; score its tasks where asked to."""

@@ -40,7 +40,7 @@ class Job:
         config: the adapter's entry of the config.
         samples: its training rows.
         model: that holds the adapter under the config's name.
-        seed: of the run; with the adapter's name and the epoch it fixes the order of rows.
+        seed: of the adapter; with its name and the epoch it fixes the order of rows.
         held_out: rows that decide which state of the adapter is kept; None keeps the last.
 
     Attributes:

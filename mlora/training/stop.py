@@ -1,15 +1,37 @@
-"""Stopping by Ctrl-C, SIGTERM or a closed terminal: after the step in progress, at once the second time."""
+"""Stopping by Ctrl-C, SIGTERM, a closed terminal (after the step; at once the second time) or the clock."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 
 
 class Stopped(Exception):
     """A run that was asked to stop and has saved what it did."""
+
+
+class Paused(Stopped):
+    """A run that has come to the end of its time limit and has saved what it did."""
+
+
+class Deadline:
+    """The end of a time limit.
+
+    Args:
+        minutes: from now; None for no limit.
+    """
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def passed(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() >= self._end
 
 
 class Stop:
