@@ -100,13 +100,25 @@ def test_a_whole_run(here: Path, base: Path, capsys: pytest.CaptureFixture[str])
         front, text = card.read(Path(name))
         assert front["base_model"] == "tiny" and front["datasets"] == ["data"] and front["model-index"]
         assert str(base.parent) not in text and str(here) not in text and "Seed 42" in text
-    assert {"config.json", "environment.json", "mlora.log"} <= {p.name for p in here.iterdir()}
+    assert {"config.json", "environment.json", "mlora.log", "report.html"} <= {p.name for p in here.iterdir()}
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert "report: report.html" in shown and "Router entropy" in page and "likelihood" in page
 
     before = {(r["adapter"], r["metric"]): r["value"] for r in results}
     Path("results.json").unlink()
     assert main(RunOptions(str(base), evaluate=True, config="config.json")) == 0
     again = {(r["adapter"], r["metric"]): r["value"] for r in json.loads(Path("results.json").read_text())}
     assert again == {key: value for key, value in before.items() if key[0] != "base model"}
+
+
+def test_a_file_that_is_no_report_stays_and_the_run_is_done_all_the_same(
+    here: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(adapter("a", num_epochs=1))
+    Path("report.html").write_text("mine")
+    assert main(RunOptions(str(base))) == 0
+    assert Path("report.html").read_text() == "mine" and Path("results.json").exists()
+    assert "no report was written" in capsys.readouterr().err
 
 
 def test_limit_is_said_in_every_result(here: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:

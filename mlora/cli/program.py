@@ -23,7 +23,8 @@ Fine-tune several adapters at once over one frozen language model.
              trains all adapters together, then evaluates each
 4. evaluate  python launch.py run --base_model BASE_MODEL --evaluate
              evaluates saved adapters again
-5. compare   results.json and metrics.jsonl hold every number and step
+5. compare   python launch.py report RUN...
+             makes one page of tables and charts
 """
 
 

@@ -1,8 +1,10 @@
-"""Running out of memory: recognised, and answered with smaller batches."""
+"""Memory: running out of it is recognised and answered with smaller batches; what was used at most."""
 
 from __future__ import annotations
 
 import logging
+import resource
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -42,3 +44,11 @@ def in_batches(items: Sequence[_Item], size: int, compute: Callable[[Sequence[_I
             continue
         yield result
         start += len(batch)
+
+
+def peak_bytes(device: torch.device) -> float:
+    """Return the most bytes that tensors have taken on a GPU so far; on the CPU, the most of the whole process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(most if sys.platform == "darwin" else 1024 * most)

@@ -70,7 +70,10 @@ def spanning(
     if not finite:
         return None
     low, high = min(finite), max(finite)
-    room = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
+    least = 0.05 * max(abs(low), abs(high)) or 1.0  # closer than that, rounding noise would fill the chart
+    if high - low < least:
+        low, high = (low + high - least) / 2, (low + high + least) / 2
+    room = 0.04 * (high - low)
     low = min(0.0, low) if zero or 0 <= low <= room else low - room
     return Axis(label, low, high + room, start, end, wanted)
 

@@ -11,7 +11,7 @@ from mlora.report.axes import Axis, number, spanning
 from mlora.report.curve import Curve
 
 WIDTH = 460.0
-LEFT, RIGHT, TOP, BOTTOM = 48.0, 12.0, 30.0, 42.0
+LEFT, RIGHT, TOP, BOTTOM = 54.0, 12.0, 30.0, 42.0
 HEIGHT = 270.0
 
 
@@ -228,20 +228,22 @@ class Cell:
 
 @dataclass
 class HeatMap:
-    """Shares of tokens by layer and expert, coloured by how far they are from an even share.
+    """Shares of tokens by expert and layer, or task, coloured by how far they are from an even share.
 
     Attributes:
         title: of the figure.
-        layers: names of the columns.
-        shares: of each column, the share of tokens of each expert; sums to `total`.
+        names: of the columns.
+        shares: of each column, the share of tokens of each expert.
         note: what the reader must know to read it.
+        of: what the columns are.
     """
 
     kind = "heat"
     title: str
-    layers: list[str]
+    names: list[str]
     shares: list[list[float]]
     note: str = ""
+    of: str = "layer"
     width = WIDTH
     legend: Sequence[Style] = ()
 
@@ -285,9 +287,9 @@ class HeatMap:
     @property
     def columns(self) -> list[tuple[float, str]]:
         """Return (x, text) below the columns, as many as there is room for."""
-        every = math.ceil(len(self.layers) / 12)
+        every = math.ceil(len(self.names) / (12 if self.of == "layer" else 6))
         width = self.cell[0]
-        return [(LEFT + (i + 0.5) * width, name) for i, name in enumerate(self.layers) if i % every == 0]
+        return [(LEFT + (i + 0.5) * width, name) for i, name in enumerate(self.names) if i % every == 0]
 
     @property
     def lines(self) -> list[tuple[float, str]]:
@@ -300,15 +302,17 @@ class HeatMap:
         """The chart in a sentence, for those who do not see it."""
         flat = [share for column in self.shares for share in column]
         return (
-            f"{self.title}: {self.experts} experts in {len(self.layers)} layers, shares from {100 * min(flat):.1f} to "
-            f"{100 * max(flat):.1f} %, even {100 * self.even:.1f} %."
+            f"{self.title}: {self.experts} experts in {len(self.names)} {self.of}s, shares from "
+            f"{100 * min(flat):.1f} to {100 * max(flat):.1f} %, even {100 * self.even:.1f} %."
         )
 
     @property
     def values(self) -> dict[str, Any]:
         """What the page shows where a reader points at."""
         return {
-            "layers": self.layers,
+            "box": [LEFT, TOP, *self.cell],
+            "names": self.names,
+            "of": self.of,
             "shares": [[round(100 * share, 2) for share in column] for column in self.shares],
             "even": round(100 * self.even, 2),
         }

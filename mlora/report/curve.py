@@ -42,7 +42,7 @@ class Curve:
         return Curve(array("d", (step for step, _ in kept)), array("d", (value for _, value in kept)))
 
     def smoothed(self, window: int) -> Curve:
-        """Return centred means over so many points; near an end, over as many as lie on its shorter side."""
+        """Return centred means over so many points, fewer near the ends."""
         sums, counts = array("d", [0.0]), array("q", [0])
         for value in self.values:
             finite = math.isfinite(value)
@@ -50,8 +50,7 @@ class Curve:
             counts.append(counts[-1] + finite)
         smooth = Curve()
         for i, step in enumerate(self.steps):
-            reach = min(window // 2, i, len(self) - 1 - i)
-            low, high = i - reach, i + reach + 1
+            low, high = max(0, i - window // 2), min(len(self), i + window // 2 + 1)
             points = counts[high] - counts[low]
             smooth.add(step, (sums[high] - sums[low]) / points if points else math.nan)
         return smooth

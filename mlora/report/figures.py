@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from mlora.report.chart import Dot, DotChart, Line, LineChart, Style
 from mlora.report.curve import Curve
@@ -99,7 +100,9 @@ def speed_charts(records: Sequence[Record], styles: Styles) -> list[LineChart]:
         Line(style, _scaled(curve, 1 / 2**30).thinned(limit))
         for style, curve in _joined(_measured(records, styles, "max_memory_bytes"))
     ]
-    note = f"Faint: each step. Strong: the mean over {window} steps. There is no padding to count." if window > 1 else ""
+    note = (
+        f"Faint: each step. Strong: the mean over {window} steps. There is no padding to count." if window > 1 else ""
+    )
     charts = [
         LineChart("Throughput", "real tokens per second", speeds, note, zero=True),
         LineChart("Peak memory", "memory (GiB)", memory, "The highest so far.", zero=True),
@@ -108,7 +111,7 @@ def speed_charts(records: Sequence[Record], styles: Styles) -> list[LineChart]:
 
 
 def accuracy_charts(records: Sequence[Record], styles: Styles) -> list[LineChart]:
-    """Return values over optimizer steps, where `evaluate_steps` had them measured, with the base model's as a level."""
+    """Return values over optimizer steps, as `evaluate_steps` had them measured, the base model's as a level."""
     kinds = dict.fromkeys((e["task"], e["metric"]) for record in records for e in record.evaluations)
     charts = []
     for task, metric in kinds:
@@ -171,10 +174,11 @@ def _joined(curves: Iterable[tuple[Style, Curve]]) -> list[tuple[Style, Curve]]:
     alike: dict[tuple[bytes, bytes], list[tuple[Style, Curve]]] = {}
     for style, curve in curves:
         alike.setdefault((curve.steps.tobytes(), curve.values.tobytes()), []).append((style, curve))
-    return [
-        group[0] if len(group) == 1 else (Style(", ".join(style.label for style, _ in group), "base"), group[0][1])
-        for group in alike.values()
-    ]
+    joined = []
+    for group in alike.values():
+        style, curve = group[0]
+        joined.append((replace(style, label=", ".join(one.label for one, _ in group)), curve))
+    return joined
 
 
 def _line(style: Style, curve: Curve, window: int, limit: int) -> Line:

@@ -79,12 +79,11 @@
       };
     },
     heat(figure, svg, data) {
-      const width = 400 / data.shares.length;
-      const height = parseFloat(svg.querySelector("rect").getAttribute("height")) - 0.3;
+      const [left, top, width, height] = data.box;
       return (x, y) => {
-        const layer = Math.floor((x - 48) / width), expert = Math.floor((y - 30) / height);
+        const layer = Math.floor((x - left) / width), expert = Math.floor((y - top) / height);
         const share = data.shares[layer]?.[expert];
-        return share === undefined ? "" : `layer ${data.layers[layer]}, expert ${expert}\n${share} % of tokens, even is ${data.even} %`;
+        return share === undefined ? "" : `${data.of} ${data.names[layer]}, expert ${expert}\n${share} % of tokens, even is ${data.even} %`;
       };
     },
   };

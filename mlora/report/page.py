@@ -10,7 +10,9 @@ from typing import Any
 from mlora import __version__
 from mlora.report import facts, figures
 from mlora.report.axes import short
+from mlora.report.chart import BOTTOM, LEFT, RIGHT, TOP, WIDTH
 from mlora.report.record import Record, read
+from mlora.report.routing import routing_charts, routing_note
 from mlora.report.standings import standings
 
 GENERATOR = "m-LoRA"
@@ -42,6 +44,7 @@ def _content(records: Sequence[Record]) -> dict[str, Any]:
     charts = {
         ("training", "Training", ""): figures.training_charts(records, styles),
         ("accuracy", "Accuracy over steps", ""): figures.accuracy_charts(records, styles),
+        ("routers", "Routers", routing_note(records)): routing_charts(records, styles),
     }
     chart_sections = [(*head, drawn, note) for (*head, note), drawn in charts.items() if drawn]
     paces = [pace for record in records for pace in facts.paces(record)]
@@ -64,7 +67,7 @@ def _content(records: Sequence[Record]) -> dict[str, Any]:
         "commands": [(record.name, facts.command(record)) for record in records],
     }
     sections = [("results", "Results")] if tables else []
-    sections += [(id, name) for id, name, _, _ in chart_sections]
+    sections += [(str(id), str(name)) for id, name, _, _ in chart_sections]
     sections += [("speed", "Speed")] if paces else []
     sections += [("settings", "Settings")] if content["settings"].columns else []
     return content | {"sections": [*sections, ("environment", "Environment")]}
@@ -79,6 +82,16 @@ def _templates() -> Any:
         loader=jinja2.FileSystemLoader(here), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     templates.filters["short"] = short
+    templates.globals["box"] = {"width": WIDTH, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
     templates.globals["css"] = (here / "page.css").read_text(encoding="utf-8")
     templates.globals["js"] = (here / "page.js").read_text(encoding="utf-8")
     return templates
+
+
+def is_report(path: Path) -> bool:
+    """Return whether a file is a report, which may be written over."""
+    try:
+        with path.open("rb") as file:
+            return f'<meta name="generator" content="{GENERATOR}'.encode() in file.read(2000)
+    except OSError:
+        return False

@@ -14,6 +14,8 @@ from mlora.report.curve import Curve
 
 BASE = "base model"
 """What results call the plain base model."""
+MISSING = object()
+"""What is read of a file that cannot be."""
 
 
 @dataclass
@@ -85,7 +87,7 @@ def read(path: str | Path) -> Record:
 
 def _object(record: Record, name: str, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     value = _json(record, name)
-    if value is None:
+    if value is MISSING:
         return {}
     if not isinstance(value, dict) or not fits(value):
         record.notes.append(f"{name} is not as a run writes it and is left out.")
@@ -95,7 +97,7 @@ def _object(record: Record, name: str, fits: Callable[[dict[str, Any]], bool]) -
 
 def _results(record: Record) -> list[dict[str, Any]]:
     value = _json(record, "results.json")
-    if value is None:
+    if value is MISSING:
         return []
     entries = value if isinstance(value, list) else [value]
     good = [entry for entry in entries if _is_result(entry)]
@@ -111,7 +113,7 @@ def _json(record: Record, name: str) -> Any:
         record.notes.append(f"{name} is missing.")
     except (OSError, ValueError, RecursionError) as error:
         record.notes.append(f"{name} cannot be read: {error}.")
-    return None
+    return MISSING
 
 
 def _read_metrics(record: Record) -> None:
@@ -119,7 +121,7 @@ def _read_metrics(record: Record) -> None:
     if not (record.path / "metrics.jsonl").exists():
         record.notes.append("metrics.jsonl is missing.")
         return
-    for line in _lines(record, "metrics.jsonl", lambda line: True):
+    for line in _lines(record, "metrics.jsonl", lambda line: _is_number(line.get("step"))):
         if "task" in line:
             if _is_result(line):
                 record.evaluations.append(line)
@@ -133,7 +135,7 @@ def _read_metrics(record: Record) -> None:
 
 
 def _lines(record: Record, name: str, fits: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file that tell of an adapter at a step, and note how many do not."""
+    """Yield the lines of a file that tell of an adapter, and note how many do not."""
     bad = 0
     try:
         with (record.path / name).open(encoding="utf-8", errors="replace") as file:
@@ -142,11 +144,10 @@ def _lines(record: Record, name: str, fits: Callable[[dict[str, Any]], bool]) ->
                     line = json.loads(text)
                 except (ValueError, RecursionError):
                     line = None
-                if isinstance(line, dict) and _is_text(line.get("adapter")) and _is_number(line.get("step")):
-                    if fits(line):
-                        yield line
-                        continue
-                bad += bool(text.strip())
+                if isinstance(line, dict) and _is_text(line.get("adapter")) and fits(line):
+                    yield line
+                else:
+                    bad += bool(text.strip())
     except OSError as error:
         record.notes.append(f"{name} cannot be read: {error}.")
     if bad:
@@ -171,7 +172,18 @@ def _is_result(entry: object) -> bool:
 
 
 def _is_profile(line: dict[str, Any]) -> bool:
-    return True
+    """Whether a line holds shares of every router; a profile that is only of an evaluation has no step."""
+    layers = line.get("layers")
+    return (
+        (_is_number(line.get("step")) or (line.get("step") is None and line.get("split") != "train"))
+        and isinstance(layers, list)
+        and len(layers) > 0
+        and all(isinstance(layer, dict) and "layer" in layer and _are_shares(layer.get("share")) for layer in layers)
+    )
+
+
+def _are_shares(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_number, value))
 
 
 def _count_parameters(file: Path) -> int | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +69,12 @@ class Standings:
     @property
     def several(self) -> bool:
         """Whether there is an average to show."""
-        return len(self.tasks) > 1 and any(average for _, _, average in self.rows)
+        return len(self.tasks) > 1 and any(average is not None for _, _, average in self.rows)
+
+    @property
+    def sized(self) -> bool:
+        """Whether the size of any adapter is known."""
+        return any(row.parameters for row, _, _ in self.rows)
 
     @property
     def uneven(self) -> list[str]:
@@ -110,7 +114,9 @@ def describe(entry: dict[str, Any] | None) -> str:
     parts = [str(_method(entry)) + (" + DoRA" if entry.get("use_dora") else "")]
     parts += [f"r {entry['r']}"] if "r" in entry else []
     if "num_experts" in entry:
-        chosen = f"top-{entry['top_k']}" if entry.get("top_k") else f"top-p {entry['top_p']}" if "top_p" in entry else ""
+        chosen = (
+            f"top-{entry['top_k']}" if entry.get("top_k") else f"top-p {entry['top_p']}" if "top_p" in entry else ""
+        )
         parts.append(f"{entry['num_experts']} experts" + (f", {chosen}" if chosen else ""))
     return " · ".join(parts)
 
@@ -146,7 +152,7 @@ def _stem(group: Sequence[str], record: Record) -> str:
         for task in tasks:
             name = name.replace(re.sub(r"\W", "_", task), "").replace(task, "")
         stems.append(re.sub(r"_\d+$", "", name).strip("._-"))
-    return os.path.commonprefix(stems).strip("._-") if len(set(stems)) == 1 else ""
+    return stems[0] if len(set(stems)) == 1 else ""
 
 
 def _protocol(result: dict[str, Any]) -> str:
@@ -172,10 +178,7 @@ def _table(protocol: str, metric: str, rows: Sequence[tuple[Record, Competitor]]
         protocol,
         metric,
         tasks,
-        [
-            (competitor, [column[i] for column in columns], averages[i])
-            for i, (competitor, _) in enumerate(table)
-        ],
+        [(competitor, [column[i] for column in columns], averages[i]) for i, (competitor, _) in enumerate(table)],
     )
 
 

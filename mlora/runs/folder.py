@@ -41,6 +41,7 @@ class RunFolder:
         self.results = self.path / "results.json"
         self.config = self.path / "config.json"
         self.environment = self.path / "environment.json"
+        self.report = self.path / "report.html"
 
     def adapter(self, name: str) -> Path:
         """Folder of one adapter."""
@@ -48,7 +49,8 @@ class RunFolder:
 
     def files(self, names: Iterable[str]) -> list[Path]:
         """Return everything a run of these adapters writes."""
-        return [self.config, self.environment, self.metrics, self.router, self.results, *map(self.adapter, names)]
+        own = [self.config, self.environment, self.metrics, self.router, self.results, self.report]
+        return [*own, *map(self.adapter, names)]
 
     def require_free(self, names: Iterable[str]) -> None:
         """Refuse to write over what lies there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -22,11 +23,14 @@ from mlora.runs.answer import answer_lines
 from mlora.runs.assess import assess, examinations, of_base
 from mlora.runs.folder import RunFolder, command_line
 from mlora.runs.plan import Plan, PlannedJob, dry_plan
+from mlora.runs.report import write_report
 from mlora.runs.rows import Reader
 from mlora.runs.session import Session
 from mlora.tasks import find_task
 from mlora.training.job import MAX_SKIPPED, Job
 from mlora.training.stop import Deadline
+
+log = logging.getLogger(__name__)
 
 
 class RunError(Exception):
@@ -88,6 +92,7 @@ class Run:
             answer_lines(model, self.config, options.use_cache)
         else:
             failures += self._evaluate(model)
+            self._report()
         if failures:
             raise RunError("\n".join(failures))
 
@@ -187,6 +192,15 @@ class Run:
         none = "nothing was evaluated: instruction data has no benchmark"
         print(results_table(results) if results else none, flush=True)
         return failures
+
+    def _report(self) -> None:
+        """Write the report; the run is done and saved, so nothing that goes wrong here may fail it."""
+        try:
+            write_report([self.folder.path], self.folder.report)
+            print(f"report: {self.folder.report}", flush=True)
+        except Exception as error:  # whatever it is
+            log.debug("no report", exc_info=error)
+            log.warning("no report was written: %s", error)
 
 
 def _diverged(job: Job) -> str:

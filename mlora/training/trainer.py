@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mlora.model.batch import Batch
-from mlora.model.memory import ran_out
+from mlora.model.memory import peak_bytes, ran_out
 from mlora.model.multi import MultiAdapterModel
 from mlora.training.job import Job
 
@@ -49,6 +49,7 @@ def train(
         stepped = [job for job in active if job.advance()]
         for job in stepped:
             job.measured["seconds"] = time.perf_counter() - started.pop(job.name)
+            job.measured["max_memory_bytes"] = peak_bytes(model.device)
         if after_round(stepped):
             break
     model.eval()
