@@ -20,6 +20,10 @@ Scheduler = Literal[
 """Schedules of transformers that need no argument besides the numbers of steps."""
 
 
+def _labels(task_name: str, protocol: Protocol | None) -> tuple[str, ...]:
+    return find_task(task_name, protocol).labels if task_name in known_tasks() else ()
+
+
 def _whole_batch(earlier: dict[str, Any]) -> int:
     return int(earlier["batch_size"])
 
@@ -91,6 +95,11 @@ class JobConfig(BaseModel):
         """Return the adapter's own seed, or the run's where it has none."""
         return random_seed if self.seed is None else self.seed
 
+    @property
+    def num_labels(self) -> int | None:
+        """Classes of the adapter's classification head; None where it has none, as all but GLUE's."""
+        return len(_labels(self.task_name, self.protocol)) or None
+
     @field_validator("name")
     @classmethod
     def _safe(cls, value: str) -> str:
@@ -114,6 +123,9 @@ class JobConfig(BaseModel):
             raise ValueError(str(error)) from None
         if len(set(value.split(";"))) < len(value.split(";")):
             raise ValueError("expected every task once")
+        heads = [name for name in names if _labels(name, info.data.get("protocol"))]
+        if heads and value != heads[0]:
+            raise ValueError(f"{show(heads[0])} trains a classification head of its own; expected it alone")
         return value
 
     @field_validator("data")
@@ -134,6 +146,13 @@ class JobConfig(BaseModel):
     def _one_held_out_set(cls, value: int, info: ValidationInfo) -> int:
         if value and info.data.get("eval_data") is not None:
             raise ValueError("expected only one of eval_data and val_set_size")
+        return value
+
+    @field_validator("train_on_inputs")
+    @classmethod
+    def _has_answers(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and _labels(info.data.get("task_name", CASUAL), info.data.get("protocol")):
+            raise ValueError(f"expected false: {show(info.data['task_name'])} trains a classification head, not tokens")
         return value
 
     @field_validator("warmup_ratio")

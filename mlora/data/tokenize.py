@@ -30,15 +30,18 @@ class Sample:
     Attributes:
         input_ids: tokens.
         labels: the token id at each position that is to be predicted, -100 elsewhere; not shifted. The first is
-            always -100, so a label never crosses from one row into the next of a packed stream. At least one is set.
+            always -100, so a label never crosses from one row into the next of a packed stream. At least one is set,
+            but in classification, where none is.
         task: name of the task that the row is of; "casual" for instruction data.
         truncated: whether the cutoff shortened the prompt.
+        class_id: index of the row's class in classification.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     task: str
     truncated: bool = False
+    class_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class EncodedQuestion:
 
     Attributes:
         prompt_ids: tokens that all choices follow; for letters also the leading tokens that the choices share.
-        choice_ids: tokens of each choice after the prompt: exactly one for letters, all of them for log-likelihood.
+        choice_ids: tokens of each choice after the prompt: exactly one for letters, all of them for log-likelihood;
+            no choices in classification.
         unscored: how many leading tokens of each choice are read and not scored: those of its context.
         choice_characters: length of each choice's text in characters, without the leading space. lm-eval's acc_norm
             divides by this (and not by bytes, which is its acc_bytes; lm_eval/api/task.py, 0.4.13).
@@ -132,7 +136,15 @@ def encode_spans(
 def encode_question(
     tokenizer: PreTrainedTokenizerBase, question: Question, cutoff_len: int, task: str, *, train_on_inputs: bool = False
 ) -> Sample | None:
-    """Return a question with its right choice as a training row, without EOS; None where the choice does not fit."""
+    """Return a question with its right choice as a training row, without EOS; None where the choice does not fit.
+
+    A question without choices is a row of classification.
+    """
+    if not question.choices:
+        ids = encode(tokenizer, question.prompt.rstrip())
+        kept = _keep(tokenizer, ids, cutoff_len) if ids else ()
+        labels = (NO_LABEL,) * len(kept)
+        return Sample(kept, labels, task, len(kept) < len(ids), question.answer) if kept else None
     context, choice = question.parts(question.answer)
     spans = (Span(context, False), Span(choice, True))
     return encode_spans(tokenizer, spans, cutoff_len, task, train_on_inputs=train_on_inputs)
@@ -146,12 +158,18 @@ def encode_choices(
     Args:
         tokenizer: of the base model.
         question: prompt and choices.
-        protocol: "letter" compares the choices' first differing tokens, "loglikelihood" all of them.
+        protocol: "letter" compares the choices' first differing tokens, "loglikelihood" all of them; in
+            "classification" there are none.
         cutoff_len: tokens of the prompt and the longest choice that may remain, > 0.
 
     Raises:
         DataError: two letters have the same next token, or the prompt is empty, or a choice does not fit.
     """
+    if protocol == "classification":
+        ids = encode(tokenizer, question.prompt.rstrip())
+        if not ids:
+            raise DataError(f"the prompt has no token: {question.prompt[:60]!r}")
+        return EncodedQuestion(_keep(tokenizer, ids, cutoff_len), (), (), (), question.answer)
     parts = [question.parts(number) for number in range(len(question.choices))]
     wholes = [encode(tokenizer, context + choice) for context, choice in parts]
     if protocol == "letter":

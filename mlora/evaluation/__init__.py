@@ -1,6 +1,6 @@
-"""Scoring adapters on tasks: letters, log-likelihoods, and what is reported of them."""
+"""Scoring adapters on tasks: letters, log-likelihoods, classification heads, and what is reported of them."""
 
-from mlora.evaluation.evaluate import Examination, Result, by_questions, check, evaluate
+from mlora.evaluation.evaluate import Examination, Result, by_questions, check, check_heads, evaluate
 from mlora.evaluation.score import Request, predict
 
-__all__ = ["Examination", "Request", "Result", "by_questions", "check", "evaluate", "predict"]
+__all__ = ["Examination", "Request", "Result", "by_questions", "check", "check_heads", "evaluate", "predict"]

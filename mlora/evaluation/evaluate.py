@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from mlora.data import encode_choices, load_questions
-from mlora.evaluation.score import Request, predict
+from mlora.evaluation.score import Prediction, Request, predict
+from mlora.model.errors import ModelError
 from mlora.model.multi import MultiAdapterModel
-from mlora.tasks import Protocol, accuracy, find_task
+from mlora.tasks import METRICS, Protocol, find_task
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ class Result:
     Attributes:
         adapter: name; `BASE` for the plain base model.
         task, version, protocol, metric: what was measured.
-        value: a share between 0 and 1.
-        standard_error: of the value; None for a single row.
+        value: a share between 0 and 1; a Matthews correlation between -1 and 1.
+        standard_error: of the value; None for a single row, and where the metric is undefined.
         n: rows.
         limit: rows that the evaluation was limited to; None where it was not.
         date: ISO 8601, UTC.
@@ -93,11 +94,26 @@ def check(examinations: Iterable[Examination], tokenizer: Any, cutoff_len: int) 
         shortened = 0
         for question in load_questions(task.name, first.data, limit=first.limit, protocol=task.protocol):
             encoded = encode_choices(tokenizer, question, task.protocol, cutoff_len)
-            if len(encoded.prompt_ids) + max(map(len, encoded.choice_ids)) == cutoff_len:
+            if len(encoded.prompt_ids) + max(map(len, encoded.choice_ids), default=0) == cutoff_len:
                 whole = encode_choices(tokenizer, question, task.protocol, sys.maxsize)
                 shortened += len(encoded.prompt_ids) < len(whole.prompt_ids)
         if shortened:
             log.warning("%s: cutoff_len %d shortens %d of its evaluation prompts", task.name, cutoff_len, shortened)
+
+
+def check_heads(model: MultiAdapterModel, examinations: Iterable[Examination]) -> None:
+    """Refuse tasks that an adapter's classification head is not for, or that need one which is not there.
+
+    Raises:
+        ModelError: of the first such adapter.
+    """
+    for examination in examinations:
+        task, name = find_task(examination.task, examination.protocol), examination.adapter
+        labels = None if name is None else model.num_labels(name)
+        if (labels or 0) != len(task.labels):
+            has = "no classification head" if labels is None else f"a classification head of {labels} labels"
+            needs = f"one of {len(task.labels)} labels" if task.labels else "none"
+            raise ModelError(f"{BASE if name is None else name} has {has}; the task {task.name} needs {needs}")
 
 
 def evaluate(
@@ -117,7 +133,11 @@ def evaluate(
         cutoff_len: tokens of a prompt and its longest choice.
         simultaneously: adapters in one forward; None for all.
         progress: called with the task, the rows done and the rows in all.
+
+    Raises:
+        ModelError: an adapter's classification head is not for a task.
     """
+    check_heads(model, examinations)
     for group in by_questions(examinations):
         task = group[0].task
         size = len(group) if simultaneously is None else simultaneously
@@ -135,17 +155,17 @@ def _evaluate_together(
     questions = load_questions(task.name, first.data, limit=first.limit, protocol=task.protocol)
     encoded = [encode_choices(model.tokenizer, question, task.protocol, cutoff_len) for question in questions]
     requests = [Request(e.adapter, question) for question in encoded for e in group]
-    correct: dict[str | None, dict[str, list[bool]]] = {e.adapter: defaultdict(list) for e in group}
+    found: dict[str | None, list[Prediction]] = {e.adapter: [] for e in group}
     predictions = predict(model, requests, task.protocol, sum(e.batch_size for e in group))
     for number, (request, prediction) in enumerate(zip(requests, predictions, strict=True), 1):
-        for metric, right in prediction.correct.items():
-            correct[request.adapter][metric].append(right)
+        found[request.adapter].append(prediction)
         if progress is not None and number % len(group) == 0:
             progress(number // len(group), len(questions))
+    answers = [question.answer for question in questions]
     date = datetime.now(UTC).isoformat(timespec="seconds")
     for examination in group:
         for metric in task.metrics:
-            score = accuracy(correct[examination.adapter][metric])
+            score = METRICS[metric]([p.answer(metric) for p in found[examination.adapter]], answers)
             name = BASE if examination.adapter is None else examination.adapter
             limit = examination.limit
             yield Result(

@@ -1,13 +1,14 @@
-"""Scoring multiple-choice questions, rows of several adapters packed into one forward.
+"""Scoring questions, rows of several adapters packed into one forward.
 
 letter: the logits after the prompt, of the options' own tokens only; the largest is the answer.
 loglikelihood: the summed log-probability of each choice; the largest is the answer (acc), or the largest divided by
 the choice's length in characters (acc_norm), as lm-evaluation-harness has it.
+classification: the logits of the adapter's own head; the largest is the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,12 +39,22 @@ class Prediction:
     """What a model makes of a question.
 
     Attributes:
-        scores: of each choice: a logit, or a log-likelihood.
-        correct: by metric, whether the answer is the right one.
+        scores: of each choice, or of each label in classification: a logit, or a log-likelihood.
+        chosen: index of the largest score.
+        chosen_by_length: index of the largest score per character of the choice; None but for log-likelihoods.
     """
 
     scores: tuple[float, ...]
-    correct: dict[str, bool]
+    chosen: int
+    chosen_by_length: int | None = None
+
+    def answer(self, metric: str) -> int:
+        """Return the index that a metric takes for the model's answer."""
+        if metric != "acc_norm":
+            return self.chosen
+        if self.chosen_by_length is None:
+            raise ValueError("acc_norm needs log-likelihoods")
+        return self.chosen_by_length
 
 
 def predict(
@@ -57,8 +68,7 @@ def predict(
         protocol: how to score.
         batch_size: questions in one forward, fewer where memory does not suffice.
     """
-    score = _letters if protocol == "letter" else _log_likelihoods
-    for predictions in in_batches(requests, batch_size, partial(score, model)):
+    for predictions in in_batches(requests, batch_size, partial(_SCORERS[protocol], model)):
         yield from predictions
 
 
@@ -77,7 +87,7 @@ def _letters(model: MultiAdapterModel, requests: Sequence[Request]) -> list[Pred
     predictions = []
     for i, request in enumerate(requests):
         scores = tuple(by_request[i][: len(request.question.choice_ids)])
-        predictions.append(Prediction(scores, {"accuracy": _largest(scores) == request.question.answer}))
+        predictions.append(Prediction(scores, _largest(scores)))
     return predictions
 
 
@@ -100,10 +110,25 @@ def _log_likelihoods(model: MultiAdapterModel, requests: Sequence[Request]) -> l
         scores = tuple(by_row[first + i] for i in range(len(question.choice_ids)))
         first += len(scores)
         normed = [score / length for score, length in zip(scores, question.choice_characters, strict=True)]
-        correct = {"acc": _largest(scores) == question.answer, "acc_norm": _largest(normed) == question.answer}
-        predictions.append(Prediction(scores, correct))
+        predictions.append(Prediction(scores, _largest(scores), _largest(normed)))
     return predictions
+
+
+def _classes(model: MultiAdapterModel, requests: Sequence[Request]) -> list[Prediction]:
+    prompts = [Row(r.question.prompt_ids, [IGNORED] * len(r.question.prompt_ids), r.adapter) for r in requests]
+    batch = Batch.pack(prompts, device=model.device)
+    own = model.class_logits(batch)
+    logits = [row for span in batch.spans for row in own[str(span.adapter)].tolist()]
+    by_request = dict(zip(batch.order, logits, strict=True))
+    return [Prediction(tuple(by_request[i]), _largest(by_request[i])) for i in range(len(requests))]
 
 
 def _largest(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
+
+
+_SCORERS: dict[Protocol, Callable[[MultiAdapterModel, Sequence[Request]], list[Prediction]]] = {
+    "letter": _letters,
+    "loglikelihood": _log_likelihoods,
+    "classification": _classes,
+}

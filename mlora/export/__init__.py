@@ -56,6 +56,8 @@ def export(
         raise _bad("--dtype", f"{dtype!r} is not allowed; allowed: {allowed}")
     _require_free(place, overwrite, folder, Path(base_model).expanduser())
     source = Source.read(base_model, folder, revision, trust_remote_code)
+    if format != "peft" and files.num_labels(source.method, source.tensors) is not None:
+        raise ModelError(f"--format {format}: has no place for the classification head of {folder}; peft alone has")
     with files.whole_folder(place) as whole:
         if format in ADAPTERS:
             ADAPTERS[format](source, whole, place.name)

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from mlora import ops
 from mlora.adapters import BlockSite, Init, LinearSite, Method
 from mlora.model.errors import ModelError
+from mlora.model.head import HEAD, head_name
 
 log = logging.getLogger(__name__)
 
 
 class Adapter(nn.Module):
-    """The tensors that a method declares at the sites it takes, all float32.
+    """The tensors that a method declares at the sites it takes, and a classification head, all float32.
 
     Attributes:
         name: of the adapter.
@@ -25,7 +26,10 @@ class Adapter(nn.Module):
         seed: of its initial values and of its dropout.
         tensors: by site path and declared name.
         blocks: feed-forward blocks it spans, by path.
+        head: [labels, D], without a bias, as `score` of transformers' sequence classifiers; None where there is none.
     """
+
+    head: nn.Parameter | None
 
     def __init__(
         self,
@@ -35,6 +39,7 @@ class Adapter(nn.Module):
         blocks: list[BlockSite],
         seed: int,
         device: torch.device,
+        head: Init | None = None,
     ) -> None:
         super().__init__()
         self.name, self.method, self.seed = name, method, seed
@@ -49,6 +54,13 @@ class Adapter(nn.Module):
             if inits:
                 self._add(site, inits, seed, device)
         self.blocks = {path: block for path, block in self.blocks.items() if path in self.tensors}
+        key = ops.stable_hash(seed, name, HEAD)
+        self.head = None if head is None else nn.Parameter(initial(head, key, device))
+
+    @property
+    def num_labels(self) -> int | None:
+        """Classes of the head; None where there is none."""
+        return None if self.head is None else len(self.head)
 
     def _add(self, site: LinearSite | BlockSite, inits: dict[str, Init], seed: int, device: torch.device) -> None:
         self.inits[site.path], self.layers[site.path] = inits, site.layer
@@ -61,7 +73,8 @@ class Adapter(nn.Module):
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Return (declared name, parameter) of what an optimizer changes, stacked tensors whole."""
-        return [(name, p) for tensors in self.tensors.values() for name, p in tensors.items() if p.requires_grad]
+        named = [(name, p) for tensors in self.tensors.values() for name, p in tensors.items() if p.requires_grad]
+        return named if self.head is None else [*named, (HEAD, self.head)]
 
     def _unpacked(self, tensors: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
         """Return something of every parameter under the names of a file, stacked ones taken apart."""
@@ -76,6 +89,8 @@ class Adapter(nn.Module):
                 for number, part in enumerate(parts):
                     expert = f"experts.{number}." if self.inits[path][name].stacked else ""
                     unpacked[self._file_name(path, name, expert)] = part
+        if self.head is not None and (head := tensors(self.head)) is not None:
+            unpacked[head_name(self.method)] = head
         return unpacked
 
     def _file_name(self, path: str, name: str, expert: str = "") -> str:
@@ -123,6 +138,8 @@ class Adapter(nn.Module):
             stored = self._stored(path, tensors, own)
             for name, tensor in self.method.from_file(stored).items():
                 parameters[name].copy_(tensor)
+        if self.head is not None:
+            self.head.copy_(tensors[head_name(self.method)])
 
     def _stored(self, path: str, tensors: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
         """Return what a file holds of one site, by declared name, experts stacked again."""
@@ -138,7 +155,7 @@ class Adapter(nn.Module):
         return stored
 
 
-def initial(init: Init, key: int, device: torch.device, site: LinearSite | BlockSite) -> Tensor:
+def initial(init: Init, key: int, device: torch.device, site: LinearSite | BlockSite | None = None) -> Tensor:
     """Return a tensor drawn from its declared distribution; drawn on the CPU, so equal on every device."""
     if device.type == "meta":
         return torch.empty(init.shape, device=device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,22 +26,30 @@ class Row:
         labels: the token at each position where it is a target of the position before, `IGNORED` elsewhere.
         adapter: name; None for the plain base model.
         index: number of the row within its adapter's optimizer step, a part of its random stream.
+        class_id: index of its class, where the adapter has a classification head; its token labels are not read then.
     """
 
     input_ids: Sequence[int]
     labels: Sequence[int]
     adapter: str | None = None
     index: int = 0
+    class_id: int | None = None
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [start, stop) of a packed batch that belong to one adapter, and its sequences' lengths."""
+    """Tokens [start, stop) of a packed batch that belong to one adapter, and its sequences' lengths and classes."""
 
     adapter: str | None
     start: int
     stop: int
     lengths: tuple[int, ...]
+    class_ids: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Position of each sequence's last token in the packed batch."""
+        return tuple(self.start + end - 1 for end in accumulate(self.lengths))
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,8 @@ class Batch:
         """Pack rows into one stream, those of one adapter side by side, in the order given.
 
         Raises:
-            ValueError: no row, a row without tokens, or labels of another length.
+            ValueError: no row, a row without tokens, labels of another length, or an adapter of whose rows some have
+                a class and some have not.
         """
         if not rows:
             raise ValueError("a batch needs at least one row")
@@ -92,8 +102,12 @@ class Batch:
         order = tuple(sorted(range(len(rows)), key=lambda i: adapters.index(rows[i].adapter)))
         spans, start = [], 0
         for adapter in adapters:
-            lengths = tuple(len(row.input_ids) for row in rows if row.adapter == adapter)
-            spans.append(Span(adapter, start, start + sum(lengths), lengths))
+            own = [row for row in rows if row.adapter == adapter]
+            lengths = tuple(len(row.input_ids) for row in own)
+            class_ids = tuple(row.class_id for row in own if row.class_id is not None)
+            if class_ids and len(class_ids) < len(own):
+                raise ValueError(f"{len(own) - len(class_ids)} of {len(own)} rows of adapter {adapter!r} have no class")
+            spans.append(Span(adapter, start, start + sum(lengths), lengths, class_ids))
             start += sum(lengths)
 
         def tensor(values: Iterable[Iterable[int]]) -> Tensor:
@@ -103,7 +117,7 @@ class Batch:
         return cls(
             input_ids=tensor(r.input_ids for r in packed)[None],
             position_ids=tensor(range(len(r.input_ids)) for r in packed)[None],
-            targets=tensor([*list(r.labels)[1:], IGNORED] for r in packed),
+            targets=tensor(_targets(r) for r in packed),
             rows=tensor([r.index] * len(r.input_ids) for r in packed),
             spans=tuple(spans),
             steps=steps or {},
@@ -118,6 +132,7 @@ class Batch:
         labels: Tensor | None = None,
         adapters: Sequence[str | None] = (),
         step: int | None = None,
+        classes: Sequence[int | None] | None = None,
     ) -> Batch:
         """Pack padded rows, padded on either side.
 
@@ -128,15 +143,25 @@ class Batch:
             adapters: name for each row; None for the plain base model.
             step: number of your optimizer step, which dropout then differs by. Without it a row's dropout depends on
                 its tokens: the same row has the same mask at every call.
+            classes: index of each row's class, None for rows of adapters without a classification head; None where
+                no adapter has one.
         """
         if len(adapters) != len(input_ids):
             raise ValueError(f"{len(input_ids)} rows need as many adapters, got {len(adapters)}")
         labels = input_ids if labels is None else labels
+        classes = [None] * len(adapters) if classes is None else classes
         rows, seen = [], dict[str | None, int]()
-        for ids, mask, label, adapter in zip(input_ids, attention_mask.bool(), labels, adapters, strict=True):
+        given = zip(input_ids, attention_mask.bool(), labels, adapters, classes, strict=True)
+        for ids, mask, label, adapter, class_id in given:
             tokens = ids[mask].tolist()
             index = seen[adapter] = seen.get(adapter, -1) + 1
             if step is None:
                 index = zlib.crc32(str(tokens).encode()) >> 1  # fits a signed number of 32 bits
-            rows.append(Row(tokens, label[mask].tolist(), adapter, index))
+            rows.append(Row(tokens, label[mask].tolist(), adapter, index, class_id))
         return cls.pack(rows, dict.fromkeys(adapters, step or 0), input_ids.device)
+
+
+def _targets(row: Row) -> list[int]:
+    if row.class_id is not None:
+        return [IGNORED] * len(row.input_ids)
+    return [*list(row.labels)[1:], IGNORED]

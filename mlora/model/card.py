@@ -24,6 +24,7 @@ from mlora.model.load import published
 
 FILE = "README.md"
 RESULTS = "## Results"
+GENERATION = "text-generation"
 _FILE = re.compile(r"\.(gguf|jsonl?|csv|parquet|txt|gz|bin|safetensors)$")
 PACKAGES = ("mlora", "torch", "transformers")
 
@@ -45,7 +46,9 @@ class Making:
     seed: int | None = None
 
 
-def write_for_adapter(folder: Path, name: str | None, method: Method, base_model: str, making: Making | None) -> None:
+def write_for_adapter(
+    folder: Path, name: str | None, method: Method, base_model: str, making: Making | None, classifies: bool = False
+) -> None:
     """Write the card of an adapter folder.
 
     Args:
@@ -54,13 +57,24 @@ def write_for_adapter(folder: Path, name: str | None, method: Method, base_model
         method: its typed config.
         base_model: name or path as the user gave it.
         making: how it was trained; None where that is unknown.
+        classifies: whether it has a classification head.
     """
     library = "peft" if method.peft_type == "LORA" else "mlora"
     text = f"A {method.method} adapter for `{shown(base_model)}`, trained with m-LoRA."
-    write(folder, name or folder.resolve().name, text, library, method, base_model, making or Making())
+    use = "text-classification" if classifies else GENERATION
+    write(folder, name or folder.resolve().name, text, library, method, base_model, making or Making(), use)
 
 
-def write(folder: Path, title: str, text: str, library: str, method: Method, base_model: str, making: Making) -> None:
+def write(
+    folder: Path,
+    title: str,
+    text: str,
+    library: str,
+    method: Method,
+    base_model: str,
+    making: Making,
+    use: str = GENERATION,
+) -> None:
     """Write a card.
 
     Args:
@@ -71,11 +85,12 @@ def write(folder: Path, title: str, text: str, library: str, method: Method, bas
         method: typed config of the adapter.
         base_model: name or path as the user gave it.
         making: how the adapter was trained.
+        use: a `pipeline_tag` of the hub.
     """
     front: dict[str, Any] = {
         "base_model": shown(base_model),
         "library_name": library,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": use,
         "tags": _tags(method),
     }
     if making.datasets:
@@ -103,7 +118,7 @@ def add_results(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
         return
     measured = [
         {
-            "task": {"type": "text-generation"},
+            "task": {"type": front.get("pipeline_tag", GENERATION)},
             "dataset": {"name": result["task"], "type": result["task"]},
             "metrics": [{"type": result["metric"], "value": result["value"]}],
         }

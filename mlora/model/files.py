@@ -21,12 +21,19 @@ from torch import Tensor
 from mlora.adapters import METHODS, Method
 from mlora.model import card
 from mlora.model.errors import AdapterFileError
+from mlora.model.head import HEAD, head_name
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 OWN = (CONFIG, TENSORS, PICKLE, "README.md")
 """Files of an adapter folder that are ours to replace."""
+
+CLASSIFICATION = "SEQ_CLS"
+"""PEFT's task type of adapters with a classification head."""
+_HEADS = ["classifier", HEAD]
+"""What PEFT lists in modules_to_save for them: names of heads in transformers, of which a model has one."""
+_PREDECESSORS_HEAD = "classifier"
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +104,7 @@ def write(
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS, {"format": "pt"})
     shutil.copymode(folder / CONFIG, folder / TENSORS)  # safetensors closes its files to everyone but their owner
-    card.write_for_adapter(folder, name, method, base_model, making)
+    card.write_for_adapter(folder, name, method, base_model, making, head_name(method) in tensors)
 
 
 def read(folder: Path, allow_pickle: bool) -> tuple[Method, dict[str, Tensor], str | None]:
@@ -108,7 +115,18 @@ def read(folder: Path, allow_pickle: bool) -> tuple[Method, dict[str, Tensor], s
     """
     config = _read_json(folder)
     tensors = _read_tensors(folder, allow_pickle)
-    return _from_file(config, folder / CONFIG), tensors, config.get("base_model_name_or_path")
+    method = _from_file(config, folder / CONFIG)
+    if _PREDECESSORS_HEAD in tensors:
+        tensors[head_name(method)] = tensors.pop(_PREDECESSORS_HEAD)
+    if config.get("task_type") == CLASSIFICATION and num_labels(method, tensors) is None:
+        raise AdapterFileError(f"{folder}: task_type is {CLASSIFICATION}, but there is no tensor {head_name(method)}")
+    return method, tensors, config.get("base_model_name_or_path")
+
+
+def num_labels(method: Method, tensors: dict[str, Tensor]) -> int | None:
+    """Return the classes of the classification head among an adapter file's tensors; None where there is none."""
+    head = tensors.get(head_name(method))
+    return None if head is None else next(iter(head.shape), 0)
 
 
 def base_model(folder: Path) -> tuple[str | None, str | None]:
@@ -180,14 +198,15 @@ def _to_file(method: Method, tensors: dict[str, Tensor]) -> dict[str, Any]:
     }
     config = fields | {
         "peft_type": method.peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": CLASSIFICATION if head_name(method) in tensors else "CAUSAL_LM",
         "target_modules": sorted(targets),
         "bias": "none",
         "inference_mode": True,
     }
     if method.peft_type == "LORA":
         config["init_lora_weights"] = True if config.pop("lora_init") == "original" else "gaussian"
-        config |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "fan_in_fan_out": False}
+        whole = _HEADS if head_name(method) in tensors else None
+        config |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": whole, "fan_in_fan_out": False}
     else:
         config["routing_strategy"] = method.method
     return config
@@ -228,6 +247,8 @@ def _from_file(config: dict[str, Any], path: Path) -> Method:
     if isinstance(known.get("expert_lora"), dict):  # the predecessors repeat their constant keys in it
         own = known["expert_lora"].items()
         known["expert_lora"] = {k: v for k, v in own if k not in _NO_EFFECT or k in METHODS["lora"].model_fields}
+    if isinstance(whole := config.get("modules_to_save"), list):  # the head is read, whatever else is refused
+        config = config | {"modules_to_save": [name for name in whole if name not in _HEADS]}
     for key, harmless in _NO_EFFECT.items():
         if key in config and key not in known and config[key] not in harmless:
             raise AdapterFileError(f"{path}: {key}: {config[key]!r} is not supported; allowed: {harmless[0]!r}")

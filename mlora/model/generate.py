@@ -166,7 +166,8 @@ def complete(
     if len(prompts) != len(adapters):
         raise ValueError(f"{len(prompts)} prompts need as many adapters, got {len(adapters)}")
     for name in {name for name in adapters if name is not None}:
-        model.adapter_module(name)
+        if model.num_labels(name) is not None:
+            raise ModelError(f"adapter {name!r} has a classification head: it names classes and generates no text")
     tokens = [_encode(model.tokenizer, prompt) for prompt in prompts]
     ends = _ends(model, generation)
     limits = _limits(model, tokens, max_new_tokens)

@@ -66,6 +66,11 @@ class MixLoraModelForCausalLM:
         model: Any = load.load_as_asked(origin, *model_args, **kwargs)
         multi = MultiAdapterModel(model, origin)
         multi.load_adapter(folder, adapter_name, allow_pickle)
+        if multi.num_labels(adapter_name) is not None:
+            raise AdapterFileError(
+                f"{folder}: has a classification head, for which a causal language model has no place; "
+                "MultiAdapterModel loads it, and PEFT over AutoModelForSequenceClassification a LoRA or DoRA"
+            )
         multi.scope.default = adapter_name
         if multi.adapters[adapter_name].counts_tokens and model.generation_config is not None:
             model.generation_config.use_cache = False  # a cached step would not know what came before it

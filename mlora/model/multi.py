@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mlora import ops
 from mlora.adapters import Method, Segment
-from mlora.model import files, load
+from mlora.model import files, head, load
 from mlora.model.adapter import Adapter
 from mlora.model.attention import PACKED
 from mlora.model.batch import IGNORED, Batch, Row
@@ -49,9 +49,10 @@ class AdapterOutput(NamedTuple):
     """What one adapter gets from a forward.
 
     Attributes:
-        loss: mean next-token cross-entropy over the adapter's label positions; 0 where there is none.
+        loss: mean next-token cross-entropy over the adapter's label positions, of an adapter with a classification
+            head the mean cross-entropy over its rows; 0 where there is none.
         aux_loss: the method's auxiliary loss, coefficients applied; 0 for methods without one.
-        num_tokens: label positions, int64.
+        num_tokens: label positions, or rows of a classification; int64.
         router_logits: [tokens, E] float32 of each router, by site path.
     """
 
@@ -132,13 +133,21 @@ class MultiAdapterModel(nn.Module):
         """Typed config of each adapter, by name."""
         return MappingProxyType({name: adapter.method for name, adapter in self._adapters.items()})
 
-    def add_adapter(self, name: str, config: Method | Mapping[str, Any], seed: int | None = None) -> str:
+    def add_adapter(
+        self,
+        name: str,
+        config: Method | Mapping[str, Any],
+        seed: int | None = None,
+        num_labels: int | None = None,
+    ) -> str:
         """Add a new adapter, which changes nothing yet.
 
         Args:
             name: letters, digits and `._-`.
             config: typed, or a dict in the keys of the JSON file.
             seed: of its initial values and of its dropout; None takes the model's.
+            num_labels: classes of a classification head, which is trained with the adapter: `score` of transformers'
+                sequence classifiers, a matrix that reads the last token's last hidden state. None for no head.
 
         Raises:
             ModelError: the name is taken, or target modules do not exist in this model.
@@ -150,13 +159,16 @@ class MultiAdapterModel(nn.Module):
             raise ModelError(f"adapter {name!r} exists already; remove it or choose another name")
         method = config if isinstance(config, Method) else parse_adapter(dict(config))
         longest = self.hf_model.config.get_text_config().max_position_embeddings
-        self._add(name, method.for_length(longest), seed)
+        if num_labels is not None and num_labels < 1:
+            raise ModelError(f"adapter {name!r}: num_labels: {num_labels} is not allowed; allowed: at least 1, or None")
+        self._add(name, method.for_length(longest), seed, num_labels)
         return name
 
-    def _add(self, name: str, method: Method, seed: int | None = None) -> Adapter:
+    def _add(self, name: str, method: Method, seed: int | None, num_labels: int | None) -> Adapter:
         linears = self.sites.targets(method.target_modules)
         blocks = self.sites.all_blocks() if method.spans_blocks else []
-        adapter = Adapter(name, method, linears, blocks, self.seed if seed is None else seed, self.device)
+        score = None if num_labels is None else head.declare(self.hf_model.config, num_labels)
+        adapter = Adapter(name, method, linears, blocks, self.seed if seed is None else seed, self.device, score)
         self.adapter_modules[_module_name(name)] = adapter
         self._adapters[name] = adapter
         return adapter
@@ -179,7 +191,7 @@ class MultiAdapterModel(nn.Module):
         method, tensors, base = files.read(folder, allow_pickle)
         if base is not None and base != self.origin.given:
             log.warning("%s was trained on %s and is loaded on %s", folder, base, self.origin.given)
-        adapter = self._add(name, method)
+        adapter = self._add(name, method, None, files.num_labels(method, tensors))
         try:
             adapter.load_file_tensors(tensors, str(folder))
         except ModelError:
@@ -191,8 +203,14 @@ class MultiAdapterModel(nn.Module):
         """Set an adapter's tensors, all of them, from tensors named as in a file; `source` names it in errors."""
         self.adapter_module(name).load_file_tensors(tensors, source)
 
-    def train_as(self, name: str, method: Method, seed: int | None = None) -> None:
-        """Go on training a loaded adapter with a config's settings, and a seed of its dropout where given.
+    def train_as(self, name: str, method: Method, seed: int | None = None, num_labels: int | None = None) -> None:
+        """Go on training a loaded adapter with a config's settings.
+
+        Args:
+            name: of the adapter.
+            method: its settings from now on.
+            seed: of its dropout from now on; None keeps it.
+            num_labels: classes of the head that it needs; None for no head.
 
         Raises:
             ModelError: they differ in what the adapter computes, not only in how it is trained.
@@ -204,6 +222,9 @@ class MultiAdapterModel(nn.Module):
             said = ", ".join(f"{key} {now.get(key)!r} (saved: {before.get(key)!r})" for key in other)
             kind = f"{method.method} (saved: {adapter.method.method}) {said}"
             raise ModelError(f"adapter {name!r} was saved with other settings than the config's: {kind}")
+        if adapter.num_labels != num_labels:
+            said = f"num_labels {num_labels} (saved: {adapter.num_labels})"
+            raise ModelError(f"adapter {name!r} was saved with another classification head than its task needs: {said}")
         adapter.seed = adapter.seed if seed is None else seed
         kept = {"target_modules": adapter.method.target_modules}
         adapter.method = method.model_copy(update=kept)
@@ -238,6 +259,10 @@ class MultiAdapterModel(nn.Module):
         """Return (declared name, parameter) of every trainable tensor, stacked ones whole."""
         adapter = self.adapter_module(name)
         return adapter.trainable()
+
+    def num_labels(self, name: str) -> int | None:
+        """Return the classes of an adapter's classification head; None where it has none."""
+        return self.adapter_module(name).num_labels
 
     def adapter_module(self, name: str) -> Adapter:
         """Return the tensors and the sites of an adapter."""
@@ -279,14 +304,20 @@ class MultiAdapterModel(nn.Module):
         """Compute every adapter's losses in one pass; rows of the plain base model get no entry."""
         flight = self._flight(batch, self.training)
         positions = (batch.targets != IGNORED).nonzero()[:, 0]
-        logits = self._run(flight, batch, positions)
+        heads = [self._head(span.adapter) for span in batch.spans]
+        for span, score in zip(batch.spans, heads, strict=True):
+            head.check_classes(span, None if score is None else len(score))
+        with head.last_hidden_states(self.hf_model) as hidden:
+            logits = self._run(flight, batch, positions)
         targets = batch.targets[positions]
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         outputs = {}
-        for segment in flight.segments:
+        for segment, span, score in zip(flight.segments, batch.spans, heads, strict=True):
             if segment.adapter is None:
                 continue
             own = losses[torch.searchsorted(positions, segment.start) : torch.searchsorted(positions, segment.stop)]
+            if score is not None:
+                own = head.class_losses(hidden[0], span, score)
             aux = self._adapters[segment.adapter].method.aux_loss(list((segment.router_logits or {}).values()))
             outputs[segment.adapter] = AdapterOutput(
                 loss=own.sum() / max(len(own), 1),
@@ -295,6 +326,24 @@ class MultiAdapterModel(nn.Module):
                 router_logits=segment.router_logits or {},
             )
         return outputs
+
+    @torch.no_grad()
+    def class_logits(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the logits [n, labels] float32 of every adapter's n rows, in the order given; without dropout.
+
+        Raises:
+            ModelError: a row's adapter has no classification head.
+        """
+        heads = {str(span.adapter): self._head(span.adapter) for span in batch.spans}
+        for name, score in heads.items():
+            if score is None:
+                raise ModelError(f"adapter {name!r} has no classification head")
+        hidden = self._hidden_states(batch)
+        found = zip(batch.spans, heads.items(), strict=True)
+        return {name: head.class_logits(hidden, span, score) for span, (name, score) in found if score is not None}
+
+    def _head(self, adapter: str | None) -> Tensor | None:
+        return None if adapter is None else self.adapter_module(adapter).head
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, attention_mask: Tensor, adapters: Sequence[str | None]) -> Tensor:
@@ -328,6 +377,9 @@ class MultiAdapterModel(nn.Module):
 
         Returns:
             The continuations, in the order of the prompts.
+
+        Raises:
+            ModelError: an adapter is not loaded, or has a classification head.
         """
         from mlora.model.generate import generate
 
@@ -356,11 +408,10 @@ class MultiAdapterModel(nn.Module):
             positions: [N] into the packed tokens.
             token_ids: [N, C] of the options to compare.
         """
-        with self.scope.use(self._flight(batch, False)):
-            hidden = self.hf_model.base_model(**self._inputs(batch)).last_hidden_state[0, positions]
-        head = self.hf_model.get_output_embeddings()
-        logits = torch.einsum("nd,ncd->nc", hidden.float(), head.weight[token_ids].float())
-        bias = getattr(head, "bias", None)
+        hidden = self._hidden_states(batch)[positions]
+        layer = self.hf_model.get_output_embeddings()
+        logits = torch.einsum("nd,ncd->nc", hidden.float(), layer.weight[token_ids].float())
+        bias = getattr(layer, "bias", None)
         return logits if bias is None else logits + bias[token_ids].float()
 
     @torch.no_grad()
@@ -422,6 +473,11 @@ class MultiAdapterModel(nn.Module):
         keep = {} if positions is None else {"logits_to_keep": positions}
         with self.scope.use(flight):
             return self.hf_model(**self._inputs(batch), **keep).logits[0]
+
+    def _hidden_states(self, batch: Batch) -> Tensor:
+        """Return what the output layer would read [T, D], without dropout."""
+        with self.scope.use(self._flight(batch, False)):
+            return self.hf_model.base_model(**self._inputs(batch)).last_hidden_state[0]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}

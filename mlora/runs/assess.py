@@ -14,6 +14,7 @@ from mlora.evaluation import Examination, by_questions, evaluate
 from mlora.model.multi import MultiAdapterModel
 from mlora.report.progress import Rows
 from mlora.runs.folder import RunFolder
+from mlora.tasks import find_task
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,9 @@ def examinations(job: JobConfig) -> list[Examination]:
 
 
 def of_base(wanted: Sequence[Examination]) -> list[Examination]:
-    """Return examinations of the plain base model on the same questions."""
-    return [replace(group[0], adapter=None) for group in by_questions(wanted)]
+    """Return examinations of the plain base model on the same questions, but for those that need a head."""
+    groups = [group[0] for group in by_questions(wanted)]
+    return [replace(e, adapter=None) for e in groups if not find_task(e.task, e.protocol).labels]
 
 
 def assess(

@@ -113,7 +113,7 @@ def dry_plan(
             rows = _unless_unreachable(partial(reader.rows_of, job), f"rows of {job.name}", notes)
         parameters = None
         if model is not None:
-            model.add_adapter(job.name, job.method)
+            model.add_adapter(job.name, job.method, num_labels=job.num_labels)
             parameters = model.num_parameters(job.name)
         jobs.append(PlannedJob.of(job, None if rows is None else rows[0], parameters))
     base = None if model is None else model.num_parameters(None)

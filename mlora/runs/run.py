@@ -15,7 +15,7 @@ from mlora.config import ConfigError, Problem, RunConfig, RunOptions, load_confi
 from mlora.config.job import CASUAL
 from mlora.config.jsonfile import write_json
 from mlora.data import task_names
-from mlora.evaluation import Examination, check
+from mlora.evaluation import Examination, check, check_heads
 from mlora.model import card, files, load
 from mlora.model.multi import MultiAdapterModel
 from mlora.report.table import results_table
@@ -80,6 +80,7 @@ class Run:
         model = self._load_model()
         model.use_tokenizer(tokenizer)
         self._add_adapters(model)
+        check_heads(model, self._wanted())
         failures: list[str] = []
         if training:
             jobs = [
@@ -108,6 +109,9 @@ class Run:
         for one, other in (("resume", "overwrite"), ("evaluate", "inference"), ("resume", "evaluate")):
             if getattr(options, one) and getattr(options, other):
                 raise _bad(f"--{one}", f"cannot be combined with --{other}")
+        silent = [job for job in self.config.lora if options.inference and job.num_labels is not None]
+        if silent:
+            raise _bad("--inference", f"{silent[0].name} has a classification head ({silent[0].task_name}): no answers")
         reading = [flag for flag in ("evaluate", "inference", "load_adapter") if getattr(options, flag)]
         if reading:
             missing = [str(self.folder.adapter(name)) for name in names if not self.folder.adapter(name).is_dir()]
@@ -146,9 +150,9 @@ class Run:
                 model.load_adapter(place, job.name)
             elif options.load_adapter:
                 model.load_adapter(place, job.name)
-                model.train_as(job.name, method, job.seed)
+                model.train_as(job.name, method, job.seed, job.num_labels)
             else:
-                model.add_adapter(job.name, method, job.seed)
+                model.add_adapter(job.name, method, job.seed, job.num_labels)
 
     # -- training --------------------------------------------------------------------------------------------------
 

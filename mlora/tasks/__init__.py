@@ -1,6 +1,6 @@
 """Benchmarks: rows of published data sets as prompt, choices and answer. Knows neither tensors nor files."""
 
-from mlora.tasks import letter, loglikelihood  # noqa: F401  registers the tasks
+from mlora.tasks import glue, letter, loglikelihood  # noqa: F401  registers the tasks
 from mlora.tasks.base import (
     PROTOCOLS,
     TASKS,
@@ -15,9 +15,10 @@ from mlora.tasks.base import (
     folder_names,
     known_tasks,
 )
-from mlora.tasks.metrics import Score, accuracy
+from mlora.tasks.metrics import METRICS, Score, accuracy
 
 __all__ = [
+    "METRICS",
     "PROTOCOLS",
     "TASKS",
     "Protocol",

@@ -5,8 +5,8 @@ text a model reads. The protocol says how a model is scored on them:
 
 - letter: the next-token logits after the prompt, read at the options' own tokens only (the MixLoRA paper's way).
 - loglikelihood: the summed log-probability of each whole continuation (lm-evaluation-harness's way).
-
-- classification: a trained head over the last token, a number for each class (GLUE).
+- classification: a head that the adapter trains reads the model's last hidden state after the prompt; a question has
+  no choices then, and the answer is an index into the task's labels.
 
 Results of different protocols are never comparable. A data set may have a task in each, under the same name (piqa) or
 under another (arc-e by letters is arc_easy by log-likelihood); a task is found by protocol and name.
@@ -31,8 +31,9 @@ class Question:
 
     Attributes:
         prompt: what the model reads.
-        choices: continuations with their leading space, " A" say; only those that the row has.
-        answer: index of the right one.
+        choices: continuations with their leading space, " A" say; only those that the row has. None in
+            classification.
+        answer: index of the right one; of the label, in classification.
         contexts: of each choice, what stands between prompt and choice and is read but not scored (the two names
             that may fill WinoGrande's blank); empty where nothing does.
     """
@@ -86,6 +87,7 @@ class Task:
         source: the published data set.
         build: from a row in the published columns to a question; raises RowError.
         data_set: name that the data set's tasks of all protocols share.
+        labels: names of the classes, in the order of their indices; none but in classification.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Task:
     source: Source
     build: Callable[[Row], Question]
     data_set: str
+    labels: tuple[str, ...] = ()
 
 
 class RowError(Exception):
@@ -125,6 +128,7 @@ def register(
     source: Source,
     *,
     metrics: tuple[str, ...],
+    labels: tuple[str, ...] = (),
     version: int = 1,
     data_set: str | None = None,
 ) -> Callable[[Callable[[Row], Question]], Callable[[Row], Question]]:
@@ -138,7 +142,7 @@ def register(
     def add(build: Callable[[Row], Question]) -> Callable[[Row], Question]:
         if (protocol, name) in TASKS:
             raise ValueError(f"task {name!r} of protocol {protocol!r} is already registered")
-        TASKS[protocol, name] = Task(name, version, protocol, metrics, source, build, data_set or name)
+        TASKS[protocol, name] = Task(name, version, protocol, metrics, source, build, data_set or name, labels)
         return build
 
     return add

@@ -30,11 +30,11 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, model: MultiAdapterModel) -> float:
-        """Return the mean next-token cross-entropy over all label tokens, without dropout."""
+        """Return the mean cross-entropy over all label tokens, or rows in classification, without dropout."""
         model.eval()
 
         def outputs(samples: Sequence[Sample]) -> tuple[float, int]:
-            rows = [Row(s.input_ids, s.labels, self.adapter) for s in samples]
+            rows = [Row(s.input_ids, s.labels, self.adapter, class_id=s.class_id) for s in samples]
             out = model(Batch.pack(rows, device=model.device))[self.adapter]
             return float(out.loss) * int(out.num_tokens), int(out.num_tokens)
 

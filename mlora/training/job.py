@@ -123,13 +123,13 @@ class Job:
             self._order = (epoch, order)
         chosen = self._order[1][position * size : (position + 1) * size]
         samples = [self.samples[i] for i in chosen]
-        return [Row(s.input_ids, s.labels, self.name, index) for index, s in enumerate(samples)]
+        return [Row(s.input_ids, s.labels, self.name, index, s.class_id) for index, s in enumerate(samples)]
 
     def share(self, output: AdapterOutput) -> torch.Tensor:
         """Return the micro-batch's part of the step's objective.
 
-        The token loss of a step is the sum over its micro-batches divided by the label tokens of the whole step;
-        auxiliary losses are weighted by real tokens, since they are means over tokens.
+        The loss of a step is the sum over its micro-batches divided by the label tokens of the whole step, or by its
+        rows in classification; auxiliary losses are weighted by real tokens, since they are means over tokens.
         """
         step = self._require_step()
         tokens = sum(len(row.input_ids) for row in self.next_rows())
@@ -204,7 +204,7 @@ class _Step:
 
     Attributes:
         rows: in order.
-        targets: their label tokens.
+        targets: their label tokens, or their number in classification.
         tokens: all of their tokens.
     """
 
@@ -218,7 +218,7 @@ class _Step:
 
 
 def _targets(row: Row) -> int:
-    return sum(label != IGNORED for label in row.labels[1:])
+    return sum(label != IGNORED for label in row.labels[1:]) if row.class_id is None else 1
 
 
 def build_optimizer(config: JobConfig, method: Any, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:

@@ -67,6 +67,5 @@ def test_equals_the_slow_scorer(model: MultiAdapterModel, protocol: str, batch_s
         if protocol == "loglikelihood":
             assert prediction.scores == pytest.approx(expected, abs=1e-3)
             normed = [e / n for e, n in zip(expected, q.choice_characters, strict=True)]
-            assert prediction.correct["acc_norm"] == (normed.index(max(normed)) == q.answer)
-        right = prediction.correct["accuracy" if protocol == "letter" else "acc"]
-        assert right == (expected.index(max(expected)) == q.answer)
+            assert prediction.answer("acc_norm") == normed.index(max(normed))
+        assert prediction.answer("accuracy" if protocol == "letter" else "acc") == expected.index(max(expected))

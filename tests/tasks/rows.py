@@ -48,4 +48,12 @@ ROWS: dict[str, dict[str, Any]] = {
         "long_answer": "It does.",
         "final_decision": "yes",
     },
+    "glue:cola": {"sentence": "Ann sang. ", "label": 1, "idx": 0},
+    "glue:sst2": {"sentence": "a joy to watch ", "label": 1, "idx": 0},
+    "glue:mnli": {"premise": "Ann sang.", "hypothesis": "Ann was silent.", "label": 2, "idx": 0},
+    "glue:qnli": {"question": "Who sang?", "sentence": "Ann sang.", "label": 0, "idx": 0},
+    "glue:qqp": {"question1": "Who sang?", "question2": "Who was it that sang?", "label": 1, "idx": 0},
+} | {
+    f"glue:{subset}": {"sentence1": "Ann sang.", "sentence2": "Somebody sang.", "label": 1, "idx": 0}
+    for subset in ("mrpc", "rte", "wnli")
 }

@@ -9,7 +9,7 @@ import pytest
 
 from mlora.config.names import subfolder
 from mlora.data.sources import task_rows
-from mlora.tasks import TASKS, Protocol, Question, RowError, find_task
+from mlora.tasks import TASKS, Protocol, Question, RowError, find_task, known_tasks
 from tests.tasks.rows import ARC, ROWS
 
 ABCD = (" A", " B", " C", " D")
@@ -119,6 +119,40 @@ def test_every_published_arc_row_has_the_options_it_names(shared: Path) -> None:
     found = questions(shared, "arc-e", "letter") + questions(shared, "arc-c", "letter")
     assert Counter(len(q.choices) for q in found) == {4: 2268 + 97 + 1144 + 21, 3: 7 + 3 + 1, 5: 4 + 3}
     assert {q.choices for q in found} == {(" A", " B", " C"), ABCD, (*ABCD, " E")}
+
+
+GLUE = {
+    "glue:cola": ("The sailors rode the breeze clear of the rocks.", "acceptable"),
+    "glue:mrpc": (
+        "He said the foodservice pie business doesn 't fit the company 's long-term growth strategy .\n\" The "
+        "foodservice pie business does not fit our long-term growth strategy .",
+        "equivalent",
+    ),
+    "glue:rte": (
+        "Dana Reeve, the widow of the actor Christopher Reeve, has died of lung cancer at age 44, according to the "
+        "Christopher Reeve Foundation.\nChristopher Reeve had an accident.",
+        "not_entailment",
+    ),
+    "glue:sst2": ("it 's a charming and often affecting journey .", "positive"),
+}
+"""The first published row of the evaluation split, and its class."""
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_glue_shows_the_bare_sentences(shared: Path, task: str) -> None:
+    row = next(iter(task_rows(find_task(task), str(shared / "data" / task.replace(":", "-")), "test")))
+    prompt, label = GLUE[task]
+    assert find_task(task).build(row.values) == Question(prompt, (), find_task(task).labels.index(label))
+
+
+@pytest.mark.parametrize("task", [name for name in known_tasks() if name.startswith("glue:")])
+def test_invented_row_of_glue(task: str) -> None:
+    question, row = find_task(task).build(ROWS[task]), ROWS[task]
+    texts = [value.strip() for value in row.values() if isinstance(value, str)]
+    assert question == Question("\n".join(texts), (), row["label"])
+    # as in GLUE's test split, whose labels are hidden
+    with pytest.raises(RowError, match="field 'label' is -1, expected one of 0, 1"):
+        find_task(task).build(row | {"label": -1})
 
 
 RIGHT = {

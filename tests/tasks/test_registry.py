@@ -1,4 +1,4 @@
-"""The table of tasks, and its metric."""
+"""The table of tasks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mlora.tasks import TASKS, Source, UnknownTaskError, accuracy, find_task, folder_names, known_tasks
+from mlora.tasks import METRICS, TASKS, Source, UnknownTaskError, find_task, folder_names, known_tasks
 from mlora.tasks.base import register
 
 HARNESS = {
@@ -28,6 +28,11 @@ def test_tasks_are_registered_under_their_names() -> None:
     assert {name for protocol, name in TASKS if protocol == "letter"} >= paper | {"csqa", "pubmedqa"}
     assert {name for protocol, name in TASKS if protocol == "loglikelihood"} == HARNESS.keys()
     assert all(key == (task.protocol, task.name) and task.version >= 1 for key, task in TASKS.items())
+    assert all(metric in METRICS for task in TASKS.values() for metric in task.metrics)
+    assert all((protocol == "classification") == bool(task.labels) for (protocol, _), task in TASKS.items())
+    assert {name for protocol, name in TASKS if protocol == "classification"} == {
+        f"glue:{subset}" for subset in ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "wnli")
+    }
     assert known_tasks() == sorted({name for _, name in TASKS})
 
 
@@ -65,13 +70,3 @@ def test_tasks_and_data_load_without_heavy_packages() -> None:
     check = f"import sys, mlora.tasks, mlora.data; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_accuracy_and_its_standard_error() -> None:
-    score = accuracy([True, True, False, True])
-    assert (score.value, score.n) == (0.75, 4)
-    # The sample standard deviation of 1, 1, 0, 1 is 0.5; over sqrt(4).
-    assert score.stderr == pytest.approx(0.25)
-    assert accuracy([True]).stderr is None
-    with pytest.raises(ValueError, match="no answers"):
-        accuracy([])
