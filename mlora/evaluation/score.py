@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 
 from mlora.data import EncodedQuestion
 from mlora.model.batch import IGNORED, Batch, Row
+from mlora.model.branches import Tree, pack
 from mlora.model.memory import in_batches
 from mlora.model.multi import MultiAdapterModel
 from mlora.tasks import Protocol
@@ -92,23 +94,11 @@ def _letters(model: MultiAdapterModel, requests: Sequence[Request]) -> list[Pred
 
 
 def _log_likelihoods(model: MultiAdapterModel, requests: Sequence[Request]) -> list[Prediction]:
-    rows = [
-        Row(
-            (*r.question.prompt_ids, *ids),
-            [IGNORED] * (len(r.question.prompt_ids) + skipped) + list(ids[skipped:]),
-            r.adapter,
-        )
-        for r in requests
-        for ids, skipped in zip(r.question.choice_ids, r.question.unscored, strict=True)
-    ]
-    batch = Batch.pack(rows, device=model.device)
-    sums, _ = model.log_likelihoods(batch)
-    by_row = dict(zip(batch.order, sums.tolist(), strict=True))
-    predictions, first = list[Prediction](), 0
-    for request in requests:
-        question = request.question
-        scores = tuple(by_row[first + i] for i in range(len(question.choice_ids)))
-        first += len(scores)
+    questions = [r.question for r in requests]
+    trees = [Tree(q.prompt_ids, q.choice_ids, q.unscored, r.adapter) for q, r in zip(questions, requests, strict=True)]
+    predictions = []
+    for question, found in zip(questions, log_likelihoods(model, trees), strict=True):
+        scores = tuple(score for score, _ in found)
         normed = [score / length for score, length in zip(scores, question.choice_characters, strict=True)]
         predictions.append(Prediction(scores, _largest(scores), _largest(normed)))
     return predictions
@@ -121,6 +111,22 @@ def _classes(model: MultiAdapterModel, requests: Sequence[Request]) -> list[Pred
     logits = [row for span in batch.spans for row in own[str(span.adapter)].tolist()]
     by_request = dict(zip(batch.order, logits, strict=True))
     return [Prediction(tuple(by_request[i]), _largest(by_request[i])) for i in range(len(requests))]
+
+
+def log_likelihoods(model: MultiAdapterModel, trees: Sequence[Tree]) -> list[list[tuple[float, bool]]]:
+    """Return each branch's summed log-likelihood after its prompt, and whether it is what greedy decoding says.
+
+    Args:
+        model: that holds the adapters.
+        trees: of any adapters; each prompt is computed once for all of its branches, where that changes nothing.
+    """
+    parts = [part for t in trees for part in ([t] if model.shares_prompts(t.adapter) else t.apart())]
+    batch, targets = pack(parts, model.device)
+    own, greedy = model.log_likelihoods(batch, targets.positions, targets.tokens)
+    sums = [part.sum().item() for part in own.double().cpu().split(targets.counts)]
+    alike = [bool(part.all()) for part in greedy.cpu().split(targets.counts)]
+    branches = iter(zip(sums, alike, strict=True))
+    return [list(islice(branches, len(tree.branches))) for tree in trees]
 
 
 def _largest(scores: Sequence[float]) -> int:

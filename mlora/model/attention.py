@@ -6,13 +6,16 @@ Registered with transformers under the name "packed". A packed forward hands the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from mlora.model.branches import Branches
 
 PACKED = "packed"
 
@@ -28,6 +31,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     packed_lengths: tuple[int, ...] | None = None,
+    packed_branches: Branches | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each sequence.
@@ -41,6 +45,7 @@ def packed_attention(
         sliding_window: tokens that a token sees, itself included; None for all.
         softcap: scores s become softcap * tanh(s / softcap) (gemma2).
         packed_lengths: tokens of each sequence of a packed batch.
+        packed_branches: who sees whom in its sequences, where these branch.
 
     Returns:
         [B, T, H, d] and None for the weights that other implementations return.
@@ -55,13 +60,17 @@ def packed_attention(
             else _window(query.shape[2], sliding_window, query)
         )
         return _attend(query, key, value, mask, scaling, softcap).transpose(1, 2), None
-    if len(set(packed_lengths)) == 1:
+    if packed_branches is None and len(set(packed_lengths)) == 1:
         q, k, v = (t.unflatten(2, (-1, packed_lengths[0])).transpose(1, 2).flatten(0, 1) for t in (query, key, value))
         out = _attend(q, k, v, _window(packed_lengths[0], sliding_window, query), scaling, softcap)
         return out.transpose(1, 2).flatten(0, 1)[None], None
+    if packed_branches is None:
+        masks = [_window(length, sliding_window, query) for length in packed_lengths]
+    else:
+        masks = list(packed_branches.masks(sliding_window))
     parts = [
-        _attend(q, k, v, _window(q.shape[2], sliding_window, q), scaling, softcap)
-        for q, k, v in zip(*(t.split(packed_lengths, dim=2) for t in (query, key, value)), strict=True)
+        _attend(q, k, v, mask, scaling, softcap)
+        for q, k, v, mask in zip(*(t.split(packed_lengths, dim=2) for t in (query, key, value)), masks, strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 

@@ -9,9 +9,13 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mlora.model.branches import Branches
 
 IGNORED = -100
 """Label of a position that is no target."""
@@ -63,6 +67,7 @@ class Batch:
         spans: the adapters' tokens, in order.
         steps: optimizer step of each adapter, a part of its random streams.
         order: order[i] is the given row that was packed as i-th sequence.
+        branches: of sequences that branch; None where all are ordinary.
     """
 
     input_ids: Tensor
@@ -72,6 +77,7 @@ class Batch:
     spans: tuple[Span, ...]
     steps: dict[str | None, int]
     order: tuple[int, ...]
+    branches: Branches | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:

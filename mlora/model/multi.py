@@ -415,18 +415,23 @@ class MultiAdapterModel(nn.Module):
         return logits if bias is None else logits + bias[token_ids].float()
 
     @torch.no_grad()
-    def log_likelihoods(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return each packed sequence's summed log-likelihood of its targets [B] and whether all are greedy [B]."""
-        positions = (batch.targets != IGNORED).nonzero()[:, 0]
-        logits = self._run(self._flight(batch, False), batch, positions).float()
-        targets = batch.targets[positions]
-        sequence = torch.bucketize(
-            positions, torch.tensor(batch.lengths, device=positions.device).cumsum(0), right=True
-        )
-        own = -F.cross_entropy(logits, targets, reduction="none")
-        sums = own.new_zeros(len(batch.lengths)).index_add(0, sequence, own)
-        misses = own.new_zeros(len(batch.lengths)).index_add(0, sequence, (logits.argmax(-1) != targets).to(own.dtype))
-        return sums, misses == 0
+    def log_likelihoods(self, batch: Batch, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-likelihood [N] of tokens [N] after positions [N] of a batch, and whether each is greedy [N].
+
+        Args:
+            batch: packed rows.
+            positions: [N] into the packed tokens; one may come several times.
+            tokens: [N] that follow there.
+        """
+        unique, which = positions.unique(return_inverse=True)
+        logits = self._run(self._flight(batch, False), batch, unique).float()
+        own = logits[which, tokens] - logits.logsumexp(-1)[which]
+        return own, logits.argmax(-1)[which] == tokens
+
+    def shares_prompts(self, adapter: str | None) -> bool:
+        """Whether sequences of an adapter may branch: not where attention is not ours or a method counts tokens."""
+        counts = adapter is not None and self.adapter_module(adapter).method.counts_tokens
+        return self.hf_model.config._attn_implementation == PACKED and not counts
 
     @torch.no_grad()
     def check_packing(self) -> None:
@@ -485,6 +490,8 @@ class MultiAdapterModel(nn.Module):
             # A mask of four dimensions is handed down as it is, which spares the [T, T] one that nobody would read.
             unread = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
             inputs |= {"attention_mask": unread, "packed_lengths": batch.lengths}
+            if batch.branches is not None:
+                inputs["packed_branches"] = batch.branches
         return inputs
 
     def _flight(self, batch: Batch, training: bool) -> Flight:
