@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "ops": set(),
     "tasks": set(),
     "report": set(),
+    "tracking": set(),
     "adapters": {"ops"},
     "config": {"adapters", "tasks"},
     "data": {"tasks", "config"},
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "export": {"model", "config", "adapters", "ops"},
     "generation": {"model", "data", "config"},
     "training": {"model", "data", "config", "adapters"},
-    "runs": {"training", "evaluation", "report", "model", "data", "tasks", "config", "adapters"},
+    "runs": {"training", "evaluation", "report", "tracking", "model", "data", "tasks", "config", "adapters"},
     "cli": {"generation", "runs", "export", "config", "tasks", "adapters", "report", "data"},
     "__init__": set(),
 }

@@ -41,6 +41,7 @@ run_options = all_of(
         option("tf32", "Allow TensorFloat-32 on CUDA.", bool, default=False),
         base_source,
         option("time_limit", "Minutes after which it stops at a checkpoint.", click.FloatRange(0, min_open=True)),
+        option("tracker", "tensorboard, wandb, trackio or mlflow; several with commas.", metavar="NAMES"),
         option("log_file", "Where the log goes.", default="mlora.log", show_default=True),
         option("debug", "Show tracebacks; find non-finite gradients.", bool, default=False),
     ]

@@ -36,6 +36,7 @@ class RunOptions:
         revision: of the base model on the hub.
         trust_remote_code: run code from the base model's repository.
         time_limit: minutes after which the run stops at a checkpoint; None for no limit.
+        tracker: programs that metrics are sent on to, joined by commas: tensorboard, wandb, trackio, mlflow.
         log_file: what is logged, tracebacks included.
         debug: show tracebacks, and look for the operation that made a gradient non-finite.
     """
@@ -65,6 +66,7 @@ class RunOptions:
     revision: str | None = None
     trust_remote_code: bool = False
     time_limit: float | None = None
+    tracker: str | None = None
     log_file: str = "mlora.log"
     debug: bool = False
 

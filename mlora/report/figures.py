@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from mlora.report.chart import Dot, DotChart, Line, LineChart, Style
 from mlora.report.curve import Curve
@@ -112,41 +113,42 @@ def speed_charts(records: Sequence[Record], styles: Styles) -> list[LineChart]:
 
 def accuracy_charts(records: Sequence[Record], styles: Styles) -> list[LineChart]:
     """Return values over optimizer steps, as `evaluate_steps` had them measured, the base model's as a level."""
-    kinds = dict.fromkeys((e["task"], e["metric"]) for record in records for e in record.evaluations)
+    measured = [e for record in records for e in record.evaluations]
+    kinds = dict.fromkeys((e["task"], e.get("protocol"), e["metric"]) for e in measured)
     charts = []
-    for task, metric in kinds:
+    for task, protocol, metric in kinds:
+        kind = (task, protocol, metric)
         lines, levels = [], []
         for record in records:
             for adapter in record.adapters:
-                curve, errors = _course(record, adapter, task, metric)
+                curve, errors = _course(record, adapter, kind)
                 if len(curve):
                     lines.append(Line(styles.of(record.name, adapter), curve, errors=errors))
-            levels += [
-                (styles.of(record.name, BASE), 100 * r["value"])
-                for r in record.results
-                if (r["adapter"], r["task"], r["metric"]) == (BASE, task, metric)
-            ]
+            levels += [(styles.of(record.name, BASE), 100 * r["value"]) for r in record.results if _is(r, BASE, kind)]
         note = "Whiskers reach one standard error to each side."
-        charts.append(LineChart(f"{task}: {metric}", f"{metric} (%)", lines, note, points=True, levels=levels))
+        title = f"{task}: {metric}" + (f", {protocol}" if protocol else "")
+        charts.append(LineChart(title, f"{metric} (%)", lines, note, points=True, levels=levels))
     return charts
 
 
-def _course(record: Record, adapter: str, task: str, metric: str) -> tuple[Curve, list[float | None]]:
+_Kind = tuple[str, str | None, str]
+
+
+def _is(result: dict[str, Any], adapter: str, kind: _Kind) -> bool:
+    return (result["adapter"], (result["task"], result.get("protocol"), result["metric"])) == (adapter, kind)
+
+
+def _course(record: Record, adapter: str, kind: _Kind) -> tuple[Curve, list[float | None]]:
     """Return an adapter's values of a task in percent over steps, its final one last, with their standard errors."""
-    points: dict[float, dict[str, object]] = {}
-    for entry in record.evaluations:
-        if (entry["adapter"], entry["task"], entry["metric"]) == (adapter, task, metric):
-            points[entry["step"]] = entry
+    points = {entry["step"]: entry for entry in record.evaluations if _is(entry, adapter, kind)}
     loss = record.curves.get(adapter, {}).get("loss")
     if points and loss:
-        for entry in record.results:
-            if (entry["adapter"], entry["task"], entry["metric"]) == (adapter, task, metric):
-                points[max(loss.steps)] = entry
+        points |= {max(loss.steps): entry for entry in record.results if _is(entry, adapter, kind)}
     curve, errors = Curve(), []
     for step, entry in sorted(points.items()):
-        curve.add(step, 100 * float(str(entry["value"])))
+        curve.add(step, 100 * entry["value"])
         error = entry.get("standard_error")
-        errors.append(None if error is None else 100 * float(str(error)))
+        errors.append(None if error is None else 100 * error)
     return curve, errors
 
 

@@ -73,17 +73,23 @@ def _maps(record: Record, styles: Styles) -> list[HeatMap]:
 
 def _by_task(record: Record, styles: Styles) -> list[HeatMap]:
     """Return a map of tasks by experts, means over layers, for each adapter that was evaluated on several tasks."""
-    adapters: dict[str, dict[str, Profile]] = defaultdict(dict)
+    adapters: dict[str, dict[tuple[str, str | None], Profile]] = defaultdict(dict)
     for profile in record.router:
         if profile.get("split") != "train" and profile.get("task"):
-            adapters[profile["adapter"]][profile["task"]] = profile
+            adapters[profile["adapter"]][profile["task"], profile.get("protocol")] = profile
     maps = []
     for adapter, tasks in adapters.items():
         if len(tasks) < 2:
             continue
         title = f"{styles.of(record.name, adapter).label}: load by task"
         maps.append(
-            HeatMap(title, list(tasks), [_mean_shares(p) for p in tasks.values()], "Means over layers.", "task")
+            HeatMap(
+                title,
+                [task for task, _ in tasks],
+                [_mean_shares(p) for p in tasks.values()],
+                "Means over layers.",
+                "task",
+            )
         )
     return maps
 

@@ -16,6 +16,7 @@ from typing import Any
 from mlora.config import ConfigError, Problem
 from mlora.config.jsonfile import write_atomically, write_json
 from mlora.model.profile import RouterProfile
+from mlora.tracking import Trackers
 
 PACKAGES = ("mlora", "torch", "transformers", "datasets", "accelerate", "safetensors", "bitsandbytes", "peft")
 
@@ -41,6 +42,7 @@ class RunFolder:
         self.results = self.path / "results.json"
         self.config = self.path / "config.json"
         self.environment = self.path / "environment.json"
+        self.trackers = Trackers()
         self.report = self.path / "report.html"
 
     def adapter(self, name: str) -> Path:
@@ -86,6 +88,7 @@ class RunFolder:
         """Append one optimizer step of one adapter to metrics.jsonl."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in measured.items()}
         _append(self.metrics, {"adapter": adapter, "step": step} | finite)
+        self.trackers.log(adapter, step, measured)
 
     def log_routing(self, adapter: str, step: int, task: str, profile: RouterProfile) -> None:
         """Append how the routers of an adapter spread the tokens of a training step to router.jsonl, if it has any."""
@@ -106,7 +109,8 @@ class RunFolder:
 
     def log_evaluation(self, adapter: str, step: int, result: dict[str, Any]) -> None:
         """Append a result that was measured during training to metrics.jsonl."""
-        self.log_step(adapter, step, {key: result[key] for key in EVALUATION})
+        _append(self.metrics, {"adapter": adapter, "step": step} | {key: result[key] for key in EVALUATION})
+        self.trackers.log(adapter, step, _tracked(result))
 
     def read_results(self) -> list[dict[str, Any]]:
         """Return the results so far.
@@ -129,6 +133,11 @@ class RunFolder:
         same = ("adapter", "task", "protocol", "metric")
         kept = [r for r in self.read_results() if any(r.get(key) != result.get(key) for key in same)]
         write_json(self.results, [*kept, result])
+        self.trackers.log(result["adapter"], None, _tracked(result))
+
+
+def _tracked(result: dict[str, Any]) -> dict[str, Any]:
+    return {"/".join(result[key] for key in ("protocol", "task", "metric")): result["value"]}
 
 
 def _append(file: Path, entry: dict[str, Any]) -> None:

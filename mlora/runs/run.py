@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from mlora import tracking
 from mlora.config import ConfigError, Problem, RunConfig, RunOptions, load_config, resolved
 from mlora.config.job import CASUAL
 from mlora.config.jsonfile import write_json
@@ -27,6 +28,7 @@ from mlora.runs.report import write_report
 from mlora.runs.rows import Reader
 from mlora.runs.session import Session
 from mlora.tasks import find_task
+from mlora.tracking import Trackers
 from mlora.training.job import MAX_SKIPPED, Job
 from mlora.training.stop import Deadline
 
@@ -64,11 +66,20 @@ class Run:
             RunError: a job or an evaluation failed, the others are done.
             Stopped: a signal asked to stop.
         """
+        try:
+            failures = self._do()
+        finally:
+            self.folder.trackers.close()
+        if failures:
+            raise RunError("\n".join(failures))
+
+    def _do(self) -> list[str]:
+        """Do it, and return what failed."""
         options, written = self.options, self.folder.files(job.name for job in self.config.lora)
         if options.dry_run:
             seed = options.random_seed
             print(dry_plan(self.config, self.origin, self.dtype, self.device, self._cutoff, seed, written))
-            return
+            return []
         _set_determinism(options)
         training = not (options.evaluate or options.inference)
         tokenizer = load.load_tokenizer(self.origin)
@@ -94,8 +105,7 @@ class Run:
         else:
             failures += self._evaluate(model)
             self._report()
-        if failures:
-            raise RunError("\n".join(failures))
+        return failures
 
     # -- before ----------------------------------------------------------------------------------------------------
 
@@ -119,7 +129,14 @@ class Run:
                 raise _bad(f"--{reading[0]}", f"no adapter folder {', '.join(missing)}; train it first, or set --dir")
         elif not (options.resume or options.overwrite or options.dry_run):
             self.folder.require_free(names)
+        trackers = tracking.problem(self._trackers)
+        if trackers is not None:
+            raise _bad("--tracker", trackers)
         self.folder.require_own(names)
+
+    @property
+    def _trackers(self) -> list[str]:
+        return [name.strip() for name in (self.options.tracker or "").split(",") if name.strip()]
 
     @property
     def _cutoff(self) -> int:
@@ -162,6 +179,9 @@ class Run:
             for job in jobs:
                 shutil.rmtree(self.folder.checkpoints / job.name, ignore_errors=True)
         self.folder.begin(resolved(self.config), command_line(), asdict(options))
+        self.folder.trackers = Trackers.opened(
+            self._trackers, self.folder.path, self.folder.path.resolve().name, resolved(self.config)
+        )
         session = Session(model, jobs, self.config, self.folder, self._cutoff, self._making, self.deadline)
         if options.resume:
             session.resume()

@@ -1,7 +1,7 @@
 """Trackers: what a run measures, sent on to other programs beside metrics.jsonl.
 
-Each keeps its data in the run folder and opens no connection, unless its own environment variables ask for it. Imports no
-tracker before it is asked for.
+Each keeps its data in the run folder and opens no connection, unless its own environment variables ask for it. No
+tracker is imported before it is asked for.
 """
 
 from __future__ import annotations

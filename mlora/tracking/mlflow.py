@@ -38,6 +38,7 @@ def open_tracker(folder: Path, run: str, config: Mapping[str, Any]) -> Mlflow:
     """Open the tracker of a run."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
+    from mlflow.entities import Param
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -49,8 +50,7 @@ def open_tracker(folder: Path, run: str, config: Mapping[str, Any]) -> Mlflow:
         artifacts = None if "MLFLOW_TRACKING_URI" in os.environ else (place / "mlartifacts").as_uri()
         experiment = client.get_experiment(client.create_experiment(name, artifact_location=artifacts))
     started = client.create_run(experiment.experiment_id, run_name=run)
-    for key, value in _flat(config):
-        client.log_param(started.info.run_id, key, value)
+    client.log_batch(started.info.run_id, params=[Param(key, str(value)) for key, value in _flat(config)])
     return Mlflow(client, started.info.run_id)
 
 

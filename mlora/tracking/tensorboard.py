@@ -26,7 +26,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
 
             # a run that goes on from a checkpoint does its last steps again: what was written of them is passed over
-            writer = self._writers[adapter] = SummaryWriter(str(self._folder / adapter), purge_step=step)  # type: ignore[no-untyped-call]
+            writer = self._writers[adapter] = SummaryWriter(str(self._folder / adapter), purge_step=step)
             text = json.dumps(self._config, indent=4, default=str).replace("\n", "\n    ")
             writer.add_text("config", f"    {text}", step)
         for key, value in values.items():

@@ -25,8 +25,10 @@ class Trackio:
         self._run.log({f"{adapter}/{key}": value for key, value in values.items()}, step=step)
 
     def close(self) -> None:
+        import trackio
+
         with _quietly():
-            self._run.finish()
+            trackio.finish()  # the run's own finish would be called again when the program ends
 
 
 def open_tracker(folder: Path, run: str, config: Mapping[str, Any]) -> Trackio:

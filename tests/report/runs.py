@@ -72,7 +72,13 @@ def write_run(
                 line |= {"grad_norm": 1.0 + draw.random(), "seconds": 0.5, "max_memory_bytes": 3.0 * 2**30}
                 file.write(json.dumps(line) + "\n")
                 if step in evaluations:
-                    measured = {"adapter": entry["name"], "step": step, "task": "boolq", "metric": "accuracy"}
+                    measured = {
+                        "adapter": entry["name"],
+                        "step": step,
+                        "task": "boolq",
+                        "protocol": "letter",
+                        "metric": "accuracy",
+                    }
                     file.write(json.dumps(measured | {"value": 0.4, "standard_error": 0.03, "n": 500}) + "\n")
     routed = [entry["name"] for entry in adapters if "num_experts" in entry]
     if routed:
