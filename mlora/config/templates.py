@@ -21,7 +21,8 @@ def find_template(name_or_path: str) -> Path:
     """Return the file of a template.
 
     Args:
-        name_or_path: a name that ships with the project, or a path; a path that does not exist falls back on its stem.
+        name_or_path: a name that ships with the project, hyphens and underscores alike, or a path; a path that does
+            not exist falls back on its stem.
 
     Raises:
         ConfigError: there is no such template.
@@ -30,7 +31,7 @@ def find_template(name_or_path: str) -> Path:
     if path.is_file():
         return path
     names = template_names()
-    stem = path.name.removesuffix(".json")
+    stem = path.name.removesuffix(".json").replace("-", "_")
     if stem in names:
         return TEMPLATES / f"{stem}.json"
     message = f"{show(name_or_path)} is no template and no file; templates: {', '.join(names)}"

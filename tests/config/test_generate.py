@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from mlora.adapters import METHODS
 from mlora.config import ConfigError, RunConfig, load_config
 from mlora.config.generate import generate
-from mlora.config.templates import find_template, template_names
+from mlora.config.templates import ROOT, find_template, template_names
 
 
 @pytest.fixture(autouse=True)
@@ -130,8 +131,42 @@ def test_nothing_is_written_where_the_result_would_be_wrong() -> None:
 
 
 def test_templates_by_name_or_path() -> None:
-    assert {"lora", "mixlora"} <= set(template_names())
     for spelling in ["lora", "lora.json", "templates/lora.json"]:
         assert find_template(spelling).name == "lora.json"
+    for spelling in ["mixlora_dynamic", "mixlora-dynamic", "template/mixlora-dynamic.json"]:
+        assert find_template(spelling).name == "mixlora_dynamic.json"
     with pytest.raises(ConfigError, match='did you mean "mixlora"'):
         find_template("mixlra")
+
+
+MIXTURE = {"r": 16, "lora_alpha": 32, "num_experts": 8}
+PUBLISHED = {
+    "lora": ("lora", {"r": 80, "lora_alpha": 160, "use_dora": False}),
+    "dora": ("lora", {"r": 80, "lora_alpha": 160, "use_dora": True}),
+    "mixlora": ("mixlora", MIXTURE | {"top_k": 2, "use_dora": False}),
+    "mixdora": ("mixlora", MIXTURE | {"top_k": 2, "use_dora": True}),
+    "mixlora_dynamic": ("mixlora-dynamic", MIXTURE | {"top_p": 0.8}),
+    "mixlora_switch": ("mixlora-switch", MIXTURE | {"expert_capacity": 32}),
+    "loramoe": ("loramoe", {"r": 24, "lora_alpha": 48, "num_experts": 6, "target_modules": "mlp"}),
+    "mola": ("mola", {"r": 10, "lora_alpha": 20, "num_experts": 8, "top_k": 2}),
+}
+"""Method and settings of each template: those that the predecessors ship."""
+
+
+def test_every_method_has_a_template() -> None:
+    assert template_names() == sorted(PUBLISHED)
+    assert {method for method, _ in PUBLISHED.values()} == METHODS.keys()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in readme for name in PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_templates_hold_the_published_settings(name: str) -> None:
+    config = generate(name, "arc-e;piqa")
+    method, settings = PUBLISHED[name]
+    assert (config.cutoff_len, config.save_step, len(config.lora)) == (512, 1000, 2)
+    for job in config.lora:
+        assert job.method.method == method and job.method.lora_dropout == 0.05
+        assert {key: getattr(job.method, key) for key in settings} == settings
+        assert (job.lr, job.optim, job.scheduler_type, job.num_epochs) == (2e-4, "adamw", "constant", 2)
+        assert (job.batch_size, job.micro_batch_size, job.evaluate_batch_size) == (16, 8, 16)
