@@ -16,7 +16,57 @@ FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "glm", "glm4", "gpt_neox",
     "olmo2", "stablelm", "granite", "smollm3", "cohere", "starcoder2",
 )  # fmt: skip
+"""Families of dense transformers that train packed."""
+PADDED = ("falcon", "qwen3_5_text")
+"""Families that need padded rows; the second has recurrent layers."""
+TABLE = (
+    *FAMILIES, *PADDED,
+    "apertus", "arcee", "bitnet", "bloom", "codegen", "cohere2", "ctrl", "deepseek_v3", "doge", "ernie4_5", "exaone4",
+    "falcon_h1", "falcon_mamba", "gemma4_text", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_oss", "gptj",
+    "granitemoe", "helium", "hunyuan_v1_dense", "internlm3", "jamba", "jetmoe", "lfm2", "llama4_text", "mamba",
+    "minimax", "ministral", "mixtral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "olmo", "olmo3", "olmoe",
+    "opt", "persimmon", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "recurrent_gemma", "rwkv", "seed_oss",
+    "vaultgemma", "xglm",
+)  # fmt: skip
+"""Families that `docs/families.md` lists."""
 VOCABULARY = 160
+NO_HEAD_DIM = {"falcon", "gpt_neox", "phi", "stablelm", "starcoder2"}
+DROPOUTS = (
+    *("attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop", "residual_dropout", "embedding_dropout"),
+    *("attn_pdrop", "dropout", "activation_dropout", "summary_first_dropout"),
+)
+MOE = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+SIZES: dict[str, dict[str, object]] = {
+    "codegen": {"rotary_dim": 4},
+    "deepseek_v3": MOE
+    | {
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+    }
+    | {"v_head_dim": 8, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4},
+    "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8},
+    "glm": {"partial_rotary_factor": 0.5},
+    "glm4": {"partial_rotary_factor": 0.5},
+    "glm4_moe": MOE | {"moe_intermediate_size": 16, "n_group": 1, "topk_group": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "gpt_oss": MOE,
+    "gptj": {"rotary_dim": 4},
+    "jamba": MOE,
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "qwen2_moe": MOE | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_moe": MOE | {"moe_intermediate_size": 16},
+    "qwen3_next": MOE
+    | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    | {"layer_types": ["linear_attention", "full_attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+}
+"""What a family needs besides the sizes that all share."""
 
 
 def tiny(family: str, layers: int = 2, **settings: object) -> transformers.PreTrainedModel:
@@ -34,21 +84,14 @@ def tiny(family: str, layers: int = 2, **settings: object) -> transformers.PreTr
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if family.startswith("glm"):
-        keywords["partial_rotary_factor"] = 0.5
-    if family not in ("phi", "gpt_neox", "stablelm", "starcoder2"):
+    if family not in NO_HEAD_DIM:
         keywords["head_dim"] = 8
-    for name in (
-        "attention_dropout",
-        "hidden_dropout",
-        "embd_pdrop",
-        "resid_pdrop",
-        "residual_dropout",
-        "embedding_dropout",
-    ):
-        keywords[name] = 0.0
-    config = AutoConfig.for_model(family, **keywords | settings)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32)
+    keywords |= dict.fromkeys(DROPOUTS, 0.0)
+    config = AutoConfig.for_model(family, **keywords | SIZES.get(family, {}) | settings)
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32)
+    except KeyError:  # as `load_model` does, for families that look attention up in a table of their own
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     return model.float().requires_grad_(False).eval()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from mlora.adapters import METHODS, Method
 from mlora.model.batch import Batch
-from tests.families import FAMILIES, awaken, multi, rows
+from tests.families import FAMILIES, PADDED, awaken, multi, rows
 
 SMALL = {"r": 4, "lora_dropout": 0.1}
 VARIANTS = {
@@ -35,7 +35,7 @@ UNNORMALISED = {"mixlora-dynamic", "mixlora-switch"}  # weights below one: a new
 CASES = [(v, "llama") for v in VARIANTS] + [
     (v, f)
     for v in ("lora", "dora", "mixlora", "mixdora", "mixlora-dynamic", "mixlora-switch", "loramoe", "mola")
-    for f in FAMILIES
+    for f in (*FAMILIES, *PADDED)
     if f != "llama"
 ]
 

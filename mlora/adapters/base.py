@@ -73,7 +73,7 @@ class LinearSite:
         layer: index of its decoder layer.
         in_features, out_features: D and O.
         module: the frozen layer.
-        in_block: whether it sits in a feed-forward block.
+        in_block: whether it belongs to the feed-forward part of its decoder layer, not to what mixes tokens.
     """
 
     path: str

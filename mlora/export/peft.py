@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlora.export.refusal import refusal
-from mlora.export.source import Source
+from mlora.export.source import NAME, Source
 from mlora.model import files, load
 
 
@@ -17,7 +17,7 @@ def write(source: Source, folder: Path, title: str) -> None:
     """
     if source.method.peft_type != "LORA":
         raise refusal("peft", source.method, "PEFT has no such method")
-    source.shapes()
+    method = source.shapes().saved_config(NAME)
     place = source.origin
     base = load.published(place.given)
-    files.write(folder, source.method, source.tensors, base, place.revision, title, source.making())
+    files.write(folder, method, source.tensors, base, place.revision, title, source.making())

@@ -92,7 +92,7 @@ def write(
 
     Args:
         folder: made where absent.
-        method: typed config.
+        method: typed config, target modules by name.
         tensors: named as in the file.
         base_model: name or path as the user gave it.
         revision: of the base model's repository.
@@ -193,13 +193,9 @@ def _name_of_today(name: str) -> str:
 
 def _to_file(method: Method, tensors: dict[str, Tensor]) -> dict[str, Any]:
     fields = method.model_dump(mode="json", exclude_none=True)
-    targets = {
-        name.split(".experts.")[0].rsplit(".lora_", 1)[0].rpartition(".")[2] for name in tensors if "lora_" in name
-    }
     config = fields | {
         "peft_type": method.peft_type,
         "task_type": CLASSIFICATION if head_name(method) in tensors else "CAUSAL_LM",
-        "target_modules": sorted(targets),
         "bias": "none",
         "inference_mode": True,
     }

@@ -70,11 +70,17 @@ def class_losses(hidden: Tensor, span: Span, head: Tensor) -> Tensor:
     return F.cross_entropy(class_logits(hidden, span, head), classes, reduction="none")
 
 
+def decoder(model: Any) -> Any:
+    """Return the part of a transformers model below its output layer."""
+    base = model.base_model
+    return model.model if base is model else base  # llama4 names its own otherwise than its prefix says
+
+
 @contextmanager
 def last_hidden_states(model: Any) -> Iterator[list[Tensor]]:
-    """Collect what the output layer reads, [T, D] of every forward of a transformers model inside the `with` block."""
+    """Collect what the output layer reads [B, L, D] of every forward of a transformers model in the `with` block."""
     kept: list[Tensor] = []
-    hook = model.base_model.register_forward_hook(lambda _, __, out: kept.append(out.last_hidden_state[0]))
+    hook = decoder(model).register_forward_hook(lambda _, __, out: kept.append(out.last_hidden_state))
     try:
         yield kept
     finally:

@@ -6,10 +6,12 @@ Every family's attention, cache, norms and generation stay transformers' own.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlora.adapters import BlockSite, LinearSite, Segment
@@ -19,17 +21,21 @@ from mlora.model.errors import ModelError
 from mlora.model.scope import Scope
 
 BLOCK_NAME = re.compile(r"(^|\.)(mlp|feed_forward|feedforward|ffn)$")
+FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|moe")
 UP_NAMES = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("gate_up_proj",),
     ("fc1",),
+    ("fc_in",),
     ("c_fc",),
     ("dense_h_to_4h",),
     ("up_proj",),
 )
-DOWN_NAMES = ("down_proj", "w2", "fc2", "c_proj", "dense_4h_to_h")
+DOWN_NAMES = ("down_proj", "w2", "fc2", "fc_out", "c_proj", "dense_4h_to_h")
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, F.gelu, F.relu)
+"""What a block without an activation of its own may call instead; the one that agrees is taken."""
 
 
 class AdaptedLinear(nn.Module):
@@ -128,74 +134,110 @@ def _finish(step: BlockSteps, out: Tensor) -> Tensor:
 
 
 class Sites:
-    """The places of a model that adapters can take, and why others cannot be."""
+    """The places of a model that adapters can take, and why others cannot be.
+
+    Attributes:
+        linears: linear layers of the decoder layers, by path.
+        blocks: feed-forward blocks that a method can span, by path.
+        refused: parts of decoder layers that have weights and are no linear layers, with the reason, by path.
+        unspanned: feed-forward blocks whose linear layers can be adapted one by one only, with the reason, by path.
+        uncalled: linear layers that the model never calls as such, by path; groups leave them out.
+        layers: the decoder layers.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.linears: dict[str, LinearSite] = {}
         self.blocks: dict[str, BlockSite] = {}
         self.refused: dict[str, str] = {}
+        self.unspanned: dict[str, str] = {}
+        self.uncalled: set[str] = set()
         self.layers: list[nn.Module] = _decoder_layers(model)
         self._find()
 
     def _find(self) -> None:
         modules = dict(self.model.named_modules())
-        # a list: the order of a set differs from process to process, and optimizer state is kept by position
-        blocks = [path for path in modules if BLOCK_NAME.search(path) and _layer_of(path) is not None]
+        self._paths = tuple(modules)
         for path, module in modules.items():
             layer = _layer_of(path)
             if layer is None:
                 continue
             if isinstance(module, nn.Linear):
-                in_block = path.rpartition(".")[0] in blocks
-                self.linears[path] = LinearSite(path, layer, module.in_features, module.out_features, module, in_block)
+                size = module.in_features, module.out_features
+                self.linears[path] = LinearSite(path, layer, *size, module, _in_feed_forward(path))
             elif type(module).__name__ == "Conv1D":
                 self.refused[path] = "is a Conv1D, not a linear layer"
             elif path.rpartition(".")[2] in ("experts", "router") or type(module).__name__.endswith("Experts"):
                 self.refused[path] = "is a mixture of experts of the base model's own"
-        for path in blocks:
-            site = self._block(path, modules[path])
-            if site is not None:
-                self.blocks[path] = site
+        for path, module in modules.items():
+            if BLOCK_NAME.search(path) and _layer_of(path) is not None:
+                self._find_block(path, module)
 
-    def _block(self, path: str, module: nn.Module) -> BlockSite | None:
+    def _find_block(self, path: str, module: nn.Module) -> None:
         """Describe a feed-forward block, when its own forward agrees with the description."""
         names = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
         ups = next((ups for ups in UP_NAMES if names.issuperset(ups)), None)
         down = next((name for name in DOWN_NAMES if name in names), None)
-        activation = next((getattr(module, name) for name in ACTIVATION_NAMES if hasattr(module, name)), None)
-        if ups is None or down is None or not callable(activation):
-            self.refused[path] = "is a feed-forward block of an unknown form"
-            return None
+        if ups is None or down is None:
+            self.unspanned[path] = "is a feed-forward block of an unknown form"
+            return
+        own = next((getattr(module, name) for name in ACTIVATION_NAMES if hasattr(module, name)), None)
         linears = [self.linears[f"{path}.{name}"] for name in (*ups, down)]
-        site = BlockSite(path, linears[0].layer, linears[0].in_features, tuple(linears[:-1]), linears[-1], activation)
-        if not _agrees(module, site):
-            self.refused[path] = "is a feed-forward block that computes something else than act(up) or act(gate) * up"
-            return None
-        return site
+        for activation in (own,) if callable(own) else ACTIVATIONS:
+            size = linears[0].in_features
+            site = BlockSite(path, linears[0].layer, size, tuple(linears[:-1]), linears[-1], activation)
+            if _agrees(module, site):
+                self.blocks[path] = site
+                return
+        self.unspanned[path] = "is a feed-forward block that computes something else than act(up) or act(gate) * up"
 
     def targets(self, wanted: str | tuple[str, ...]) -> list[LinearSite]:
-        """Return the linear layers that `target_modules` names.
+        """Return the linear layers that `target_modules` names: a group, or endings of their paths.
 
         Raises:
-            ModelError: a name matches nothing, or the model's layers cannot be wrapped.
+            ModelError: a name matches nothing, or the group has parts that cannot be wrapped.
         """
-        family = type(self.model).__name__
-        if (self.refused and wanted in ("all-linear", "mlp")) or not self.linears:
-            where, why = next(iter(self.refused.items()), ("its decoder", "has no linear layer"))
-            hint = " Name the attention's linears in target_modules to adapt those." if self.linears else ""
-            raise ModelError(f"{family} cannot be wrapped: {where} {why}.{hint}")
         if isinstance(wanted, str):
-            want_block = {"all-linear": (True, False), "mlp": (True,), "attention": (False,)}[wanted]
-            return [site for site in self.linears.values() if site.in_block in want_block]
-        names = sorted({site.name for site in self.linears.values()})
-        unknown = [name for name in wanted if name not in names]
+            return self._group(wanted)
+        found = {name: [site for path, site in self.linears.items() if _ends(path, name)] for name in wanted}
+        unknown = [name for name, sites in found.items() if not sites]
+        family = type(self.model).__name__
         if unknown:
+            names = sorted({site.name for site in self.linears.values()})
             raise ModelError(
                 f"target_modules: {', '.join(map(repr, unknown))} not in {family}; "
-                f"its linear layers are {', '.join(names)}"
+                f"its linear layers are {', '.join(names) or 'none'}"
             )
-        return [site for site in self.linears.values() if site.name in wanted]
+        taken = {site.path for sites in found.values() for site in sites}
+        for path in sorted(taken & self.uncalled):
+            raise ModelError(f"target_modules: {family} never calls {path}, so an adapter there would have no effect")
+        return [site for path, site in self.linears.items() if path in taken]
+
+    def _group(self, name: str) -> list[LinearSite]:
+        inside = {"all-linear": (True, False), "mlp": (True,), "attention": (False,)}[name]
+        sites = [site for path, site in self.linears.items() if site.in_block in inside and path not in self.uncalled]
+        refused = [(path, why) for path, why in self.refused.items() if _in_feed_forward(path) in inside]
+        if sites and not refused:
+            return sites
+        where, why = refused[0] if refused else ("its decoder", "has no linear layer there")
+        hint = f" {self._others()}" if self.linears else ""
+        raise ModelError(f'{type(self.model).__name__} cannot take target_modules "{name}": {where} {why}.{hint}')
+
+    def _others(self) -> str:
+        names = self.names_of(self.linears.keys() - self.uncalled)
+        return f"Its linear layers are {', '.join(names)}: name those to adapt."
+
+    def names_of(self, paths: Iterable[str]) -> tuple[str, ...]:
+        """Return the shortest endings of paths that name these modules and no other, as PEFT's `target_modules`."""
+        wanted = set(paths)
+        names: set[str] = set()
+        for path in wanted:
+            if any(_ends(path, name) for name in names):
+                continue
+            parts = path.split(".")
+            endings = (".".join(parts[i:]) for i in reversed(range(len(parts))))
+            names.add(next(e for e in endings if wanted.issuperset(p for p in self._paths if _ends(p, e))))
+        return tuple(sorted(names))
 
     def all_blocks(self) -> list[BlockSite]:
         """Return every feed-forward block, for methods that span them.
@@ -204,11 +246,33 @@ class Sites:
             ModelError: some layer has none that is understood.
         """
         if len(self.blocks) < len(self.layers):
-            where, why = next(
-                iter(self.refused.items()), ("its decoder layers", "have no feed-forward block of a known name")
-            )
+            unknown = ("its decoder layers", "have no feed-forward block of a known name")
+            where, why = next(iter((self.refused | self.unspanned).items()), unknown)
             raise ModelError(f"{type(self.model).__name__} cannot take experts: {where} {why}")
         return list(self.blocks.values())
+
+    @contextmanager
+    def only_called(self) -> Iterator[None]:
+        """Leave out from now on the linear layers that the `with` block does not call as such.
+
+        A model may read a layer's weight without calling it, and an adapter there would change nothing, in silence.
+        """
+        called: set[str] = set()
+
+        def note(path: str, site: LinearSite, x: Tensor, out: object) -> None:
+            if isinstance(out, Tensor) and out.shape == (*x.shape[:-1], site.out_features):
+                called.add(path)
+
+        hooks = [
+            site.module.register_forward_hook(lambda _, args, out, path=path, site=site: note(path, site, args[0], out))
+            for path, site in self.linears.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.uncalled = self.linears.keys() - called
 
     def wrap(self, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
         """Put wrappers around every linear layer and feed-forward block; without adapters they change nothing."""
@@ -222,6 +286,18 @@ class Sites:
         for path in (*self.blocks, *self.linears):
             wrapper: Any = self.model.get_submodule(path)
             _replace(self.model, path, wrapper.frozen)
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _in_feed_forward(path: str) -> bool:
+    """Return whether a part of a decoder layer belongs to its feed-forward block, which may be the layer itself."""
+    parts = path.split(".")
+    layer = next(i for i, part in enumerate(parts) if part.isdigit())
+    above = parts[layer + 1 : -1]
+    return not above or any(FEED_FORWARD.search(part) for part in above)
 
 
 def _layer_of(path: str) -> int | None:
@@ -246,7 +322,10 @@ def _agrees(module: nn.Module, site: BlockSite) -> bool:
     dtype = bias.dtype if bias is not None else weight.dtype if weight.is_floating_point() else torch.float32
     x = torch.randn(3, site.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
     with torch.no_grad():
-        expected = module(x[None])[0].float()
+        try:
+            expected = module(x[None])[0].float()
+        except TypeError:  # its forward takes more than the input, a residual say
+            return False
         found = site.down.module(site.activate([up.module(x) for up in site.ups])).float()
     return bool(torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())))
 

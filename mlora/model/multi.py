@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ from mlora.model.batch import IGNORED, Batch, Row
 from mlora.model.card import Making
 from mlora.model.errors import ModelError
 from mlora.model.inject import Sites
+from mlora.model.padded import PaddedRows
 from mlora.model.recompute import recompute_in_backward
 from mlora.model.scope import Flight, Scope
 
@@ -69,6 +71,10 @@ class MultiAdapterModel(nn.Module):
         model: any transformers causal language model; wrapped in place.
         origin: where it was loaded from.
         seed: of initial adapter values and of dropout, where an adapter has none of its own.
+
+    Attributes:
+        recompute: keep only the input of each decoder layer for backward, and run the layer again there.
+        padded: compute batches as padded rows; for families that let packed sequences see each other.
     """
 
     def __init__(self, model: nn.Module, origin: load.Origin, seed: int = 42) -> None:
@@ -76,6 +82,7 @@ class MultiAdapterModel(nn.Module):
         self.origin, self.seed = origin, seed
         self.hf_model: Any = model
         self.recompute = False
+        self.padded = False
         self.scope = Scope()
         self._adapters: dict[str, Adapter] = {}
         self.adapter_modules = nn.ModuleDict()
@@ -167,6 +174,9 @@ class MultiAdapterModel(nn.Module):
     def _add(self, name: str, method: Method, seed: int | None, num_labels: int | None) -> Adapter:
         linears = self.sites.targets(method.target_modules)
         blocks = self.sites.all_blocks() if method.spans_blocks else []
+        if blocks:  # what no block spans is adapted by itself, wherever it sits
+            spanned = {site.path for block in blocks for site in (*block.ups, block.down)}
+            linears = [replace(site, in_block=site.path in spanned) for site in linears]
         score = None if num_labels is None else head.declare(self.hf_model.config, num_labels)
         adapter = Adapter(name, method, linears, blocks, self.seed if seed is None else seed, self.device, score)
         self.adapter_modules[_module_name(name)] = adapter
@@ -237,10 +247,14 @@ class MultiAdapterModel(nn.Module):
             path: of the folder, made where absent.
             making: how it was trained, for the card.
         """
-        adapter, base = self.adapter_module(name), self.origin
-        files.write(
-            Path(path), adapter.method.as_saved(), adapter.file_tensors(), base.given, base.revision, name, making
-        )
+        method, tensors, base = self.saved_config(name), self.adapter_tensors(name), self.origin
+        files.write(Path(path), method, tensors, base.given, base.revision, name, making)
+
+    def saved_config(self, name: str) -> Method:
+        """Return an adapter's config as its file says it: target modules by name, rather than by group."""
+        adapter = self.adapter_module(name)
+        targets = self.sites.names_of(self.sites.linears.keys() & adapter.tensors.keys())
+        return adapter.method.as_saved().model_copy(update={"target_modules": targets})
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; its memory returns once nothing else refers to its tensors."""
@@ -315,9 +329,9 @@ class MultiAdapterModel(nn.Module):
         for segment, span, score in zip(flight.segments, batch.spans, heads, strict=True):
             if segment.adapter is None:
                 continue
-            own = losses[torch.searchsorted(positions, segment.start) : torch.searchsorted(positions, segment.stop)]
+            own = losses[torch.searchsorted(positions, span.start) : torch.searchsorted(positions, span.stop)]
             if score is not None:
-                own = head.class_losses(hidden[0], span, score)
+                own = head.class_losses(self._packed(batch, hidden[0]), span, score)
             aux = self._adapters[segment.adapter].method.aux_loss(list((segment.router_logits or {}).values()))
             outputs[segment.adapter] = AdapterOutput(
                 loss=own.sum() / max(len(own), 1),
@@ -431,38 +445,61 @@ class MultiAdapterModel(nn.Module):
     def shares_prompts(self, adapter: str | None) -> bool:
         """Whether sequences of an adapter may branch: not where attention is not ours or a method counts tokens."""
         counts = adapter is not None and self.adapter_module(adapter).method.counts_tokens
-        return self.hf_model.config._attn_implementation == PACKED and not counts
+        return self.hf_model.config._attn_implementation == PACKED and not self.padded and not counts
 
     @torch.no_grad()
     def check_packing(self) -> None:
-        """Make sure that sequences packed into one stream do not see each other, whatever the family does.
+        """Find a way to compute sequences side by side that do not see each other, whatever the family does.
 
-        The packed attention is tried first, then transformers' own block masks.
+        The packed attention is tried first, then transformers' own block masks, then padded rows. Linear layers that
+        the family never calls are left out from then on.
 
         Raises:
-            ModelError: the family mixes packed sequences.
+            ModelError: the family mixes sequences all the same, or its tokens see those that follow.
         """
         family, wanted = type(self.hf_model).__name__, self.hf_model.config._attn_implementation
         candidates = (PACKED, "sdpa", "eager") if wanted == PACKED else (wanted,)
-        why = "its logits in a packed stream differ from each sequence's alone"
-        for attention in candidates:
-            try:
-                self.hf_model.set_attn_implementation(attention)
-                if self._packs():
-                    if attention != wanted:
-                        log.warning("%s: packed attention does not fit; using %s with block masks", family, attention)
+        if wanted == PACKED and not self._follows("eager"):  # its attention is its own, and so must its masks be
+            self.hf_model.config._attn_implementation = "eager"
+            candidates = ("eager",)
+        why = "the logits of sequences side by side differ from those of each alone"
+        for self.padded in (False, True):
+            for attention in candidates:
+                try:
+                    self.hf_model.set_attn_implementation(attention)
+                    with self.sites.only_called():
+                        fits = self._keeps_apart()
+                except (torch.OutOfMemoryError, ModelError):
+                    raise
+                except Exception as error:  # whatever a family raises, the answer is to try the next
+                    why = str(error).partition("\n")[0] or type(error).__name__
+                    continue
+                if fits:
+                    if self.padded or attention != wanted:
+                        how = "padded rows" if self.padded else "block masks"
+                        log.warning(
+                            "%s: packed attention does not fit; using %s (%s attention)", family, how, attention
+                        )
                     return
-            except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-                why = str(error).partition("\n")[0]
-        raise ModelError(f"{family} cannot train on packed sequences: {why}")
+        raise ModelError(f"{family} cannot train several sequences at once: {why}")
 
-    def _packs(self) -> bool:
-        """Compare two sequences packed with each of them alone, as an ordinary forward of transformers computes it."""
+    def _follows(self, attention: str) -> bool:
+        """Return whether the family takes the attention that it is given."""
+        self.hf_model.set_attn_implementation(attention)
+        return bool(self.hf_model.config._attn_implementation == attention)
+
+    def _keeps_apart(self) -> bool:
+        """Compare sequences computed together with each of them alone, as an ordinary forward of transformers does.
+
+        Raises:
+            ModelError: tokens see those that follow them.
+        """
         vocabulary = self.hf_model.get_input_embeddings().weight.shape[0]
         draw = torch.Generator().manual_seed(0)
-        ids = [torch.randint(min(5, vocabulary - 1), vocabulary, (n,), generator=draw).tolist() for n in (11, 7, 5)]
+        ids = [torch.randint(min(5, vocabulary - 1), vocabulary, (n,), generator=draw).tolist() for n in (11, 7)]
+        ids.append(ids[0][:5])
         batch = Batch.pack([Row(row, row) for row in ids], device=self.device)
-        packed = self._run(self._flight(batch, False), batch, None).float()
+        together = self._run(self._flight(batch, False), batch, None).float()
         kept = self.hf_model.config._attn_implementation
         try:
             self.hf_model.set_attn_implementation("eager" if kept == PACKED else kept)
@@ -471,20 +508,34 @@ class MultiAdapterModel(nn.Module):
             self.hf_model.set_attn_implementation(kept)
         expected = torch.cat(alone).float()
         exact = self.hf_model.dtype == torch.float32 and not getattr(self.hf_model, "is_quantized", False)
-        return bool((packed - expected).abs().max() <= (1e-4 if exact else 6e-2) * expected.abs().max())
+        tolerance = (1e-4 if exact else 6e-2) * float(expected.abs().max())
+        if (alone[0][:5] - alone[2]).abs().max() > tolerance:
+            family = type(self.hf_model).__name__
+            raise ModelError(f"{family} is no causal language model: its tokens see those that follow them")
+        return bool((together - expected).abs().max() <= tolerance)
 
     def _run(self, flight: Flight, batch: Batch, positions: Tensor | None) -> Tensor:
         """Return logits [N, V] at positions [N] of the packed tokens, or at all."""
-        keep = {} if positions is None else {"logits_to_keep": positions}
+        # rows have no positions in common, so of padded ones every logit is computed
+        keep = {} if positions is None or self.padded else {"logits_to_keep": positions}
         with self.scope.use(flight):
-            return self.hf_model(**self._inputs(batch), **keep).logits[0]
+            logits = self._packed(batch, self.hf_model(**self._inputs(batch), **keep).logits)
+        return logits[positions] if self.padded and positions is not None else logits
 
     def _hidden_states(self, batch: Batch) -> Tensor:
         """Return what the output layer would read [T, D], without dropout."""
         with self.scope.use(self._flight(batch, False)):
-            return self.hf_model.base_model(**self._inputs(batch)).last_hidden_state[0]
+            return self._packed(batch, head.decoder(self.hf_model)(**self._inputs(batch)).last_hidden_state)
+
+    def _packed(self, batch: Batch, out: Tensor) -> Tensor:
+        """Return the packed tokens [T, ...] of what the model returned for `_inputs`."""
+        return PaddedRows.of(batch).gather(out) if self.padded else out[0]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
+        if self.padded:
+            rows = PaddedRows.of(batch)
+            ids = rows.spread(batch.input_ids[0]).view(rows.mask.shape)
+            return {"input_ids": ids, "attention_mask": rows.mask.long(), "use_cache": False}
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         if self.hf_model.config._attn_implementation == PACKED:
             # A mask of four dimensions is handed down as it is, which spares the [T, T] one that nobody would read.
@@ -507,6 +558,9 @@ class MultiAdapterModel(nn.Module):
             segments.append(
                 Segment(span.adapter, span.start, span.stop, keys, sequence_lengths=span.lengths, router_logits={})
             )
+        if self.padded:
+            rows = PaddedRows.of(batch)
+            segments = [rows.segment(segment) for segment in segments]
         return Flight(segments)
 
 

@@ -96,21 +96,69 @@ def test_packed_attention_fits(family: str) -> None:
     # stablelm's attention takes no keywords, so it never hears of sequence lengths
     expected = "sdpa" if family == "stablelm" else attention.PACKED
     assert model.hf_model.config._attn_implementation == expected
-    assert not model.sites.refused
+    assert not model.sites.refused and not model.sites.unspanned and not model.sites.uncalled
 
 
 def test_a_leak_between_packed_sequences_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = multi()
     own = model._inputs
     monkeypatch.setattr(model, "_inputs", lambda batch: own(batch) | {"packed_lengths": (sum(batch.lengths),)})
-    assert not model._packs()
+    assert not model._keeps_apart()
     model.check_packing()  # falls back on transformers' block masks, which this leak does not reach
-    assert model.hf_model.config._attn_implementation == "sdpa"
-    monkeypatch.setattr(
-        model, "_inputs", lambda b: {"input_ids": b.input_ids, "position_ids": torch.arange(len(b.input_ids[0]))[None]}
-    )
-    with pytest.raises(ModelError, match="LlamaForCausalLM cannot train on packed sequences"):
+    assert model.hf_model.config._attn_implementation == "sdpa" and not model.padded
+
+    def leaking(batch: Batch) -> dict:
+        return own(batch) | {"position_ids": torch.arange(len(batch.input_ids[0]))[None]}
+
+    monkeypatch.setattr(model, "_inputs", lambda batch: own(batch) if model.padded else leaking(batch))
+    model.check_packing()  # falls back on padded rows
+    assert model.padded
+    monkeypatch.setattr(model, "_inputs", lambda batch: own(batch) | {"input_ids": own(batch)["input_ids"].roll(1)})
+    with pytest.raises(ModelError, match="LlamaForCausalLM cannot train several sequences at once: the logits of"):
         model.check_packing()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {},
+        {"routing_strategy": "mixlora", "num_experts": 3, "jitter_noise": 0.1},
+        {"routing_strategy": "mixlora-switch", "num_experts": 3, "expert_capacity": 2, "ffn_dropout": 0.1},
+        {"routing_strategy": "loramoe", "num_experts": 3, "router_loss": True},
+    ],
+)
+def test_padded_rows_compute_what_the_packed_stream_does(method: dict) -> None:
+    model = multi()
+    for name in ("a", "b"):
+        model.add_adapter(name, {"r": 4, "lora_dropout": 0.2, **method})
+    awaken(model)
+    ids, mask = rows(5)
+    batch = Batch.from_rows(ids, mask, None, ["b", None, "a", "b", "a"], step=3)
+    positions, options = torch.tensor([3, 20]), torch.tensor([[5, 6], [7, 8]])
+    found = []
+    for model.padded in (False, True):
+        model.train()
+        model.zero_grad()
+        out = model(batch)
+        torch.stack([o.loss + o.aux_loss for o in out.values()]).sum().backward()
+        gradients = [g.clone() for name in "ab" for g in model.adapter_gradients(name).values()]
+        found.append([*(v for o in out.values() for v in o[:3]), *gradients, model.score(batch, positions, options)])
+        assert model.shares_prompts(None) != model.padded
+        found[-1] += [model.logits(ids, mask, ["a"] * 5), *model.log_likelihoods(batch, positions, options[:, 0])]
+    for packed, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, packed, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_whose_tokens_see_what_follows_is_refused() -> None:
+    model = tiny("llama")
+    forward = model.model.layers[0].forward
+
+    def backwards(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return forward(x + x.mean(1, keepdim=True), *args, **kwargs)
+
+    model.model.layers[0].forward = backwards
+    with pytest.raises(ModelError, match="LlamaForCausalLM is no causal language model"):
+        MultiAdapterModel(model, load.Origin("x", "x")).check_packing()
 
 
 def test_sliding_windows_are_kept() -> None:
@@ -130,7 +178,8 @@ def test_a_block_that_computes_something_else_is_refused() -> None:
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda x: 2 * mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
     sites = Sites(model)
-    assert "model.layers.1.mlp" in sites.refused
+    assert list(sites.unspanned) == ["model.layers.1.mlp"] and not sites.refused
+    assert len(sites.targets("all-linear")) == 14, "its linear layers can be adapted one by one"
     with pytest.raises(ModelError, match="cannot take experts: model.layers.1.mlp"):
         sites.all_blocks()
 
@@ -328,12 +377,23 @@ def test_a_window_that_is_switched_off_can_be_turned_on(tmp_path: Path) -> None:
     assert difference[mask.bool()].abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", ["falcon", "gptj"])
-def test_families_with_attention_of_their_own_pack_or_say_why_not(family: str, tmp_path: Path) -> None:
-    folder = tinybase.save(tmp_path / "b", family, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_inner=64)
-    try:
-        model = MultiAdapterModel.from_pretrained(str(folder))
-    except ModelError as error:
-        assert "packed sequences" in str(error) or "cannot be" in str(error)
-    else:
-        assert model._packs()
+def test_a_layer_that_is_read_without_being_called_is_left_out() -> None:
+    model = multi("mamba")
+    assert {path.rpartition(".")[2] for path in model.sites.uncalled} == {"dt_proj"}
+    model.add_adapter("a", {"r": 2})
+    assert {path.rpartition(".")[2] for path in model._adapters["a"].tensors} == {"in_proj", "x_proj", "out_proj"}
+    with pytest.raises(ModelError, match="never calls backbone.layers.0.mixer.dt_proj"):
+        model.add_adapter("b", {"r": 2, "target_modules": ["dt_proj"]})
+
+
+@pytest.mark.parametrize("method", [{}, {"routing_strategy": "mola", "num_experts": 3}])
+def test_names_that_stand_in_two_places_are_saved_with_what_tells_them_apart(method: dict, tmp_path: Path) -> None:
+    model = multi("gpt_bigcode")
+    for group, names in (("mlp", ["c_fc", "mlp.c_proj"]), ("attention", ["attn.c_proj", "c_attn"])):
+        model.add_adapter(group, {"r": 2, "target_modules": group, **method})
+        awaken(model)
+        model.save_adapter(group, tmp_path / group)
+        assert json.loads((tmp_path / group / "adapter_config.json").read_text())["target_modules"] == names
+        model.load_adapter(tmp_path / group, f"{group}-again")
+        again = model.adapter_tensors(f"{group}-again")
+        assert all(torch.equal(tensor, again[name]) for name, tensor in model.adapter_tensors(group).items())
