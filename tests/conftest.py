@@ -14,6 +14,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=10, help="processes that a test kills at random moments")
+    parser.addoption("--seed", type=int, default=0, help="of what tests draw at random")
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    """How many processes a test kills at random moments."""
+    return int(request.config.getoption("--kills"))
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seed of what a test draws at random."""
+    return int(request.config.getoption("--seed"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Recorded oracles and real data, kept outside the project."""

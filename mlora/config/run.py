@@ -22,6 +22,8 @@ class RunConfig(BaseModel):
     """Longest sequence in tokens; -1 is the base model's maximum."""
     save_step: Positive = 1000
     """Optimizer steps between checkpoints of an adapter."""
+    keep_last: Positive = 2
+    """Newest checkpoints kept; with one there is none to go back to where it is damaged."""
     train_lora_simultaneously_num: Positive | None = None
     """Adapters that share a forward pass in training; all where left out."""
     eval_lora_simultaneously_num: Positive | None = None

@@ -97,13 +97,19 @@ class RunFolder:
             described = {"adapter": adapter, "step": step, "split": "train", "task": task, "protocol": None}
             _append(self.router, described | {"tokens": profile.tokens, "layers": layers})
 
-    def forget_steps(self, adapter: str, after: int) -> None:
-        """Drop an adapter's lines of later steps, those of a training that is done again from there."""
+    def forget_steps(self, adapter: str, after: int, examined: bool = True) -> None:
+        """Drop an adapter's lines of later steps, those of a training that is done again from there.
+
+        Args:
+            adapter: its name.
+            after: the last step that stands.
+            examined: whether the evaluation after that step stands too.
+        """
         for file in (self.metrics, self.router):
             if not file.exists():
                 continue
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if not _is_later(line, adapter, after)]
+            kept = [line for line in lines if not _is_later(line, adapter, after, examined)]
             if len(kept) < len(lines):
                 write_atomically(file, "".join(kept))
 
@@ -145,13 +151,17 @@ def _append(file: Path, entry: dict[str, Any]) -> None:
         lines.write(json.dumps(entry) + "\n")
 
 
-def _is_later(line: str, adapter: str, step: int) -> bool:
+def _is_later(line: str, adapter: str, step: int, examined: bool) -> bool:
     """Whether a line is of a later step of the adapter, or broken off by a crash; step null is after the last."""
     try:
         entry = json.loads(line)
     except ValueError:
         return True
-    return bool(entry["adapter"] == adapter and (entry["step"] is None or entry["step"] > step))
+    if entry["adapter"] != adapter:
+        return False
+    if entry["step"] == step and not examined:
+        return "eval_loss" in entry or "value" in entry
+    return bool(entry["step"] is None or entry["step"] > step)
 
 
 def _refusal(what: str, message: str) -> ConfigError:

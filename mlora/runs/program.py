@@ -12,9 +12,11 @@ from mlora.data import DataError
 from mlora.model.errors import ModelError
 from mlora.runs.run import Run, RunError
 from mlora.tasks import UnknownTaskError
-from mlora.training.stop import Paused, Stopped
+from mlora.training.checkpoint import CheckpointError
+from mlora.training.stop import Paused, Stopped, interruptible
 
 BAD_INPUT = (ConfigError, DataError, ModelError, UnknownTaskError)
+FAILED = (RunError, CheckpointError)
 
 log = logging.getLogger("mlora")
 
@@ -23,11 +25,12 @@ def main(options: RunOptions) -> int:
     """Run, and return the exit status: 0 done or out of time, 1 failed, 2 bad input, 130 interrupted."""
     try:
         logs = _log_to(options)
-        Run(options).run()
+        with interruptible():
+            Run(options).run()
         return 0
     except BAD_INPUT as error:
         return _fail(error, 2, options)
-    except RunError as error:
+    except FAILED as error:
         return _fail(error, 1, options)
     except Paused as error:
         print(error)
@@ -43,7 +46,7 @@ def _fail(error: Exception, status: int, options: RunOptions, hint: str = "") ->
     log.debug("failed", exc_info=error)
     if options.debug:
         traceback.print_exception(error)
-    kind = "" if isinstance(error, (*BAD_INPUT, RunError)) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, (*BAD_INPUT, *FAILED)) else f"{type(error).__name__}: "
     print(f"Error: {kind}{error}{hint}", file=sys.stderr)
     return status
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mlora.config import ConfigError, Problem, RunConfig
-from mlora.evaluation import evaluate
+from mlora.evaluation import Result, evaluate
 from mlora.model import card, files
 from mlora.model.multi import MultiAdapterModel
 from mlora.report.progress import Progress
 from mlora.runs.assess import examinations
 from mlora.runs.folder import RunFolder
-from mlora.training import checkpoint
+from mlora.training.checkpoint import BEST, Checkpoints
 from mlora.training.job import Job
 from mlora.training.stop import Deadline, Paused, Stop, Stopped
 from mlora.training.trainer import train
@@ -44,6 +45,7 @@ class Session:
     ) -> None:
         self.model, self.jobs, self.config, self.folder = model, jobs, config, folder
         self.cutoff_len, self.making, self.deadline = cutoff_len, making, deadline
+        self.checkpoints = Checkpoints(folder.checkpoints, jobs, model, config.keep_last)
 
     def forget_metrics(self) -> None:
         """Drop what metrics.jsonl has of earlier trainings of the jobs."""
@@ -56,7 +58,7 @@ class Session:
         Raises:
             ConfigError: there was a training and none of its checkpoints can be used.
         """
-        if not checkpoint.restore(self.folder.checkpoints, self.jobs, self.model):
+        if not self.checkpoints.restore():
             begun = [job.name for job in self.jobs if self.folder.adapter(job.name).exists()]
             begun += [job.name for job in self.jobs if (self.folder.checkpoints / job.name).exists()]
             if begun:
@@ -65,54 +67,71 @@ class Session:
             print("no checkpoint yet: starts at the beginning")
         for job in self.jobs:
             print(f"{job.name}: goes on after step {job.step} of {job.total_steps}")
-            if not job.done:
-                self.folder.forget_steps(job.name, job.step)
-            elif not self.folder.adapter(job.name).exists():
-                self._finish(job)
+            if job.done and not self.folder.adapter(job.name).exists():
+                job.to_examine = True
+            if not job.done or job.to_examine:
+                self.folder.forget_steps(job.name, job.step, not job.to_examine)
 
     def train(self) -> None:
         """Train all jobs to their ends.
 
         Raises:
             Stopped: a signal asked to stop, or the time is up; a checkpoint is saved.
+            CheckpointError: a checkpoint could not be written.
         """
         totals, done = {j.name: j.total_steps for j in self.jobs}, {j.name: j.step for j in self.jobs}
         saved = dict(done)
-        with Stop() as stop, Progress(totals, done) as progress:
+        with Stop() as stop, Progress(totals, done) as progress, self.checkpoints:
 
             def after_round(stepped: list[Job]) -> bool:
+                self.checkpoints.check()
                 for job in stepped:
                     self.folder.log_step(job.name, job.step, job.measured)
                     progress.step(job.name, job.step, job.measured)
                     if job.routing is not None:
                         self.folder.log_routing(job.name, job.step, job.config.task_name, job.routing)
-                    if job.examined:
-                        self._examine(job)
-                    if job.done:
-                        self._finish(job)
+                with suppress(Stopped):
+                    self._settle(stop)
                 due = any(job.done or job.step - saved[job.name] >= self.config.save_step for job in stepped)
                 ends = stop.requested or self.deadline.passed
                 if due or ends:
-                    checkpoint.save(self.folder.checkpoints, self.jobs, self.model)
+                    self.checkpoints.save()
                     saved.update((job.name, job.step) for job in self.jobs)
                 return ends
 
-            train(self.model, self.jobs, self.config.train_lora_simultaneously_num, after_round)
-        if not all(job.done for job in self.jobs):
+            # an examination that an earlier signal broke off comes first
+            if not after_round([]):
+                train(self.model, self.jobs, self.config.train_lora_simultaneously_num, after_round)
+        if stop.requested or not all(job.done for job in self.jobs):
             kind, why = (Stopped, "interrupted") if stop.requested else (Paused, "time is up")
             raise kind(f"{why}; a checkpoint is saved: the same command with --resume goes on")
 
-    def _examine(self, job: Job) -> None:
-        """Measure the held-out loss and keep the adapter where it is the best; score its tasks where asked to."""
-        if job.held_out is not None:
-            loss = job.held_out.loss(self.model)
-            self.folder.log_step(job.name, job.step, {"eval_loss": loss})
-            if loss < job.best_loss:
-                job.best_loss = loss
-                self._save(job.name, self._best(job))
-        if job.config.evaluate_steps and not job.done:
-            for result in evaluate(self.model, examinations(job.config), self.cutoff_len):
+    def _settle(self, stop: Stop) -> None:
+        """Examine every job that is due, and save the adapter of one that is done.
+
+        Raises:
+            Stopped: a signal came while it was examined; it is due still.
+        """
+        for job in (job for job in self.jobs if job.to_examine):
+            with stop.at_once():
+                loss, results = self._examine(job)
+            if loss is not None:
+                self.folder.log_step(job.name, job.step, {"eval_loss": loss})
+                if loss < job.best_loss:
+                    job.best_loss = loss
+                    self._save(job.name, self._best(job))
+            for result in results:
                 self.folder.log_evaluation(job.name, job.step, result.as_dict())
+            if job.done:
+                self._finish(job)
+            job.to_examine = False
+
+    def _examine(self, job: Job) -> tuple[float | None, list[Result]]:
+        """Return the held-out loss where rows are held out, and scores on the tasks where they are asked for."""
+        loss = None if job.held_out is None else job.held_out.loss(self.model)
+        if job.done or not job.config.evaluate_steps:
+            return loss, []
+        return loss, list(evaluate(self.model, examinations(job.config), self.cutoff_len))
 
     def _finish(self, job: Job) -> None:
         """Save an adapter at its end, in its best state where rows were held out."""
@@ -122,7 +141,7 @@ class Session:
         self._save(job.name, self.folder.adapter(job.name))
 
     def _best(self, job: Job) -> Path:
-        return self.folder.checkpoints / job.name / "best"
+        return self.folder.checkpoints / job.name / BEST
 
     def _save(self, name: str, place: Path) -> None:
         with files.whole_folder(place) as folder:

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, checked when read, of all jobs at one moment.
+"""Checkpoints: whole or absent, checked when read, of all jobs at one moment, written while the training goes on.
 
     checkpoints/<adapter>/step-000500/
         adapter_config.json  adapter_model.safetensors     the adapter, loadable as it is
@@ -17,68 +17,177 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from mlora.config import ConfigError, Problem
-from mlora.model.files import whole_folder
+from mlora.model import files
 from mlora.model.multi import MultiAdapterModel
 from mlora.training.job import Job
 
-KEPT = 2
-"""Moments kept; the older one is there in case the newest is damaged."""
 MANIFEST = "manifest.json"
 
 log = logging.getLogger(__name__)
 
 
-def save(root: Path, jobs: Sequence[Job], model: MultiAdapterModel) -> None:
-    """Write a checkpoint of every job that has begun and is not yet kept at its end; drop old ones.
+class CheckpointError(Exception):
+    """A checkpoint that could not be written; those before it are intact."""
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    As a context it waits at its end for what is being written, except where Ctrl-C ends it.
 
     Args:
         root: folder of all checkpoints.
         jobs: of the run, those included that wait or are done.
         model: that holds their adapters.
+        keep: moments kept; more than one, so that there is another where the newest is damaged.
     """
-    moment = sum(job.micro_batches for job in jobs)
-    begun = [job for job in jobs if job.micro_batches and not (job.done and _place(root, job).exists())]
-    for job in begun:
-        with whole_folder(_place(root, job)) as temporary:
-            model.save_adapter(job.name, temporary)
-            tensors, state = _flatten(job.state())
-            state |= {"moment": moment, "jobs": [job.name for job in begun], "done": job.done, "identity": job.identity}
-            save_file(tensors, temporary / "optimizer.safetensors")
-            (temporary / "state.json").write_text(json.dumps(state))
-            (temporary / MANIFEST).write_text(json.dumps(_digests(temporary), indent=1))
-    _drop_old(root, jobs)
+
+    def __init__(self, root: Path, jobs: Sequence[Job], model: MultiAdapterModel, keep: int = 2) -> None:
+        self.root, self.jobs, self.model, self.keep = root, jobs, model, keep
+        self._writing: _Writing | None = None
+        self._passed_over: set[Path] = set()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, KeyboardInterrupt):
+            self.wait()
+
+    def save(self) -> None:
+        """Copy the state of every job that has begun and is not yet kept at its end, and begin to write it.
+
+        Raises:
+            CheckpointError: the checkpoint before this one could not be written.
+        """
+        self.wait()  # one at a time: they end in order, and no second copy takes memory
+        moment = sum(job.micro_batches for job in self.jobs)
+        begun = [job for job in self.jobs if job.micro_batches and not (job.done and self._place(job).exists())]
+        shared = {"moment": moment, "jobs": [job.name for job in begun]}
+        copies = [(self._place(job), _copy(job, self.model, shared)) for job in begun]
+        self._writing = _Writing(partial(self._write, copies))
+        self._writing.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more.
+
+        Raises:
+            CheckpointError: what was written could not be.
+        """
+        if self._writing is not None:
+            self._writing.join()
+            self.check()
+
+    def check(self) -> None:
+        """Raise CheckpointError where writing has failed meanwhile."""
+        if self._writing is not None and not self._writing.is_alive():
+            error, self._writing = self._writing.error, None
+            if error is not None:
+                raise CheckpointError(
+                    f"{self.root}: no checkpoint could be written: {error}; the one before is intact, "
+                    "and --resume goes on from it"
+                ) from error
+
+    def restore(self) -> bool:
+        """Bring all jobs back to the newest moment of which every checkpoint is good; False where there is none.
+
+        Damaged checkpoints are named in a warning. What is newer than that moment goes with the next `save`.
+
+        Raises:
+            ConfigError: a checkpoint was made with other settings; which, is said.
+        """
+        for job in self.jobs:
+            files.clear_leftovers(self.root / job.name / BEST)
+            for unfinished in (self.root / job.name).glob(".step-*"):
+                shutil.rmtree(unfinished)
+        names = {job.name for job in self.jobs}
+        found = [_read_good(path, job) for job in self.jobs for path in self._paths(job)]
+        good = [saved for saved in found if saved is not None]
+        for moment in sorted({saved.moment for saved in good}, reverse=True):
+            chosen = [saved for saved in good if saved.moment == moment or (saved.done and saved.moment < moment)]
+            needed = {name for saved in chosen if saved.moment == moment for name in saved.jobs}
+            if needed & names <= {saved.job.name for saved in chosen}:
+                for saved in chosen:
+                    saved.require_same()
+                for saved in chosen:
+                    saved.apply(self.model)
+                usable = {saved.path for saved in good if saved.moment <= moment}
+                self._passed_over = {path for job in self.jobs for path in self._paths(job)} - usable
+                return True
+        return False
+
+    def _write(self, copies: Sequence[tuple[Path, Callable[[Path], None]]]) -> None:
+        for place, write in copies:
+            with files.whole_folder(place) as temporary:
+                write(temporary)
+                (temporary / MANIFEST).write_text(_manifest(_digests(temporary)))
+        self._passed_over -= {place for place, _ in copies}
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        """Keep the last moments and the end of every job that is done."""
+        states = {path: _state(path) for job in self.jobs for path in self._paths(job)}
+        moments = {state.get("moment", -1) for path, state in states.items() if path not in self._passed_over}
+        kept = sorted(moments)[-self.keep :]
+        for path, state in states.items():
+            if path in self._passed_over or not (state.get("moment", -1) in kept or state.get("done")):
+                shutil.rmtree(path)
+
+    def _place(self, job: Job) -> Path:
+        within = f"-{job.row}" if job.row else ""
+        return self.root / job.name / f"step-{job.step:06d}{within}"
+
+    def _paths(self, job: Job) -> list[Path]:
+        return sorted(path for path in (self.root / job.name).glob("step-*") if path.is_dir())
 
 
-def restore(root: Path, jobs: Sequence[Job], model: MultiAdapterModel) -> bool:
-    """Bring all jobs back to the newest moment of which every checkpoint is good; False where there is none.
+BEST = "best"
+"""Folder beside an adapter's checkpoints, of its best state by held-out loss."""
 
-    Damaged checkpoints are named in a warning.
 
-    Raises:
-        ConfigError: a checkpoint was made with other settings; which, is said.
-    """
-    names = {job.name for job in jobs}
-    found = [_read_good(path, job) for job in jobs for path in _paths(root, job)]
-    good = [saved for saved in found if saved is not None]
-    for moment in sorted({saved.moment for saved in good}, reverse=True):
-        chosen = [saved for saved in good if saved.moment == moment or (saved.done and saved.moment < moment)]
-        needed = {name for saved in chosen if saved.moment == moment for name in saved.jobs}
-        if needed & names <= {saved.job.name for saved in chosen}:
-            for saved in chosen:
-                saved.require_same()
-            for saved in chosen:
-                saved.apply(model)
-            return True
-    return False
+class _Writing(threading.Thread):
+    """The writing of one moment. A daemon: the program does not wait for it where it is told twice to stop."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._write = write
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._write()
+        except Exception as error:  # raised again in the thread that trains
+            self.error = error
+
+
+def _copy(job: Job, model: MultiAdapterModel, shared: dict[str, Any]) -> Callable[[Path], None]:
+    """Copy what a checkpoint holds of a job to the CPU, and return what writes it to a folder."""
+    adapter = model.adapter_module(job.name)
+    own = {name: tensor.to("cpu", copy=True) for name, tensor in adapter.file_tensors().items()}
+    tensors, state = _flatten(job.state())
+    text = json.dumps(state | shared | {"done": job.done, "identity": job.identity})
+    method, origin = adapter.method.as_saved(), model.origin
+
+    def write(folder: Path) -> None:
+        files.write(folder, method, own, origin.given, origin.revision, job.name)
+        save_file(tensors, folder / "optimizer.safetensors")
+        (folder / "state.json").write_text(text)
+
+    return write
 
 
 @dataclass(frozen=True)
@@ -121,27 +230,6 @@ def _read_good(path: Path, job: Job) -> _Saved | None:
     return _Saved(path, job, json.loads((path / "state.json").read_text()))
 
 
-def _place(root: Path, job: Job) -> Path:
-    within = f"-{job.row}" if job.row else ""
-    return root / job.name / f"step-{job.step:06d}{within}"
-
-
-def _paths(root: Path, job: Job) -> list[Path]:
-    return sorted(path for path in (root / job.name).glob("step-*") if path.is_dir())
-
-
-def _drop_old(root: Path, jobs: Sequence[Job]) -> None:
-    """Keep the last `KEPT` moments, and the end of every job that is done; drop what a crash left half-written."""
-    for job in jobs:
-        for unfinished in (root / job.name).glob(".step-*"):
-            shutil.rmtree(unfinished)
-    states = {path: _state(path) for job in jobs for path in _paths(root, job)}
-    moments = sorted({state.get("moment", -1) for state in states.values()})[-KEPT:]
-    for path, state in states.items():
-        if state.get("moment", -1) not in moments and not state.get("done"):
-            shutil.rmtree(path)
-
-
 def _state(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / "state.json").read_text())
@@ -151,22 +239,33 @@ def _state(path: Path) -> dict[str, Any]:
 
 def damage(path: Path) -> list[str]:
     """Return the names of a checkpoint's files that are not as they were written."""
-    try:
-        expected = json.loads((path / MANIFEST).read_text())
-        if not isinstance(expected, dict):
-            return [MANIFEST]
-    except (OSError, ValueError):
-        return [MANIFEST]
     found = _digests(path)
+    try:
+        text = (path / MANIFEST).read_text()
+        expected = json.loads(text)["files"]
+        if _manifest(expected) != text:
+            return [MANIFEST]
+    except (OSError, ValueError, TypeError, KeyError):
+        return [MANIFEST]
     return [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
 
 
-def _digests(path: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(file for file in path.iterdir() if file.name != MANIFEST)
-    return {
-        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        for file in files
-    }
+def _manifest(digests: dict[str, Any]) -> str:
+    """Return the text of a manifest, which holds a digest of itself: safe from a flipped bit as what it lists."""
+    own = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    return json.dumps({"files": digests, "sha256": own}, indent=1)
+
+
+def _digests(path: Path) -> dict[str, Any]:
+    return {file.name: _digest(file) for file in sorted(path.iterdir()) if file.name != MANIFEST}
+
+
+def _digest(file: Path) -> dict[str, Any] | None:
+    try:
+        with file.open("rb") as content:
+            return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+    except OSError:  # unreadable, or no file at all: as good as damaged
+        return None
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -175,10 +274,10 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
     for index, values in state["optimizer"]["state"].items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
             else:
                 plain[f"{index}.{name}"] = value
-    tensors |= {f"gradient.{i}": g.detach().cpu().contiguous() for i, g in enumerate(state["gradients"])}
+    tensors |= {f"gradient.{i}": g.detach().to("cpu", copy=True).contiguous() for i, g in enumerate(state["gradients"])}
     kept = {key: value for key, value in state.items() if key not in ("optimizer", "gradients")}
     return tensors, kept | {"plain": plain, "groups": state["optimizer"]["param_groups"]}
 

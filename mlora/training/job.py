@@ -49,6 +49,8 @@ class Job:
         micro_batches: computed so far, in all steps.
         micro_batch_size: rows of a forward pass: the config's, or fewer where memory did not suffice.
         measured: of the step in progress, or of the last where none is.
+        to_examine: whether an evaluation is due after the step just taken: every `evaluate_steps`, else at the end of
+            an epoch, and at the very end. Who evaluates resets it.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Job:
         self.step = self.row = self.micro_batches = self.skipped = 0
         self.micro_batch_size = config.micro_batch_size
         self.method = model.adapters[self.name]
+        self.to_examine = False
         named = model.adapter_parameters(self.name)
         self.parameters = [parameter for _, parameter in named]
         self.optimizer = build_optimizer(config, self.method, named)
@@ -90,11 +93,6 @@ class Job:
         """What a checkpoint can only be resumed with."""
         described = self.config.model_dump(mode="json", exclude={"evaluate_steps", "evaluate_batch_size", "eval_data"})
         return described | {"random_seed": self.seed, "rows": len(self.samples)}
-
-    @property
-    def examined(self) -> bool:
-        """Whether the step just taken is one to evaluate after: every `evaluate_steps`, else at the end of an epoch."""
-        return self.done or self.step % (self.config.evaluate_steps or self.steps_per_epoch) == 0
 
     @property
     def epoch(self) -> int:
@@ -159,6 +157,7 @@ class Job:
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step, self.row, self._step = self.step + 1, 0, None
+        self.to_examine = self.done or self.step % (self.config.evaluate_steps or self.steps_per_epoch) == 0
         return True
 
     def restart_step(self) -> None:
@@ -179,6 +178,7 @@ class Job:
             "micro_batches": self.micro_batches,
             "micro_batch_size": self.micro_batch_size,
             "skipped": self.skipped,
+            "to_examine": self.to_examine,
             "best_loss": self.best_loss,
             "measured": self.measured,
             "optimizer": self.optimizer.state_dict(),
@@ -190,7 +190,7 @@ class Job:
         """Go back to where a checkpoint was made."""
         self.step, self.row, self._step = state["step"], state["row"], None
         self.micro_batches, self.micro_batch_size = state["micro_batches"], state["micro_batch_size"]
-        self.skipped = state["skipped"]
+        self.skipped, self.to_examine = state["skipped"], state["to_examine"]
         self.measured, self.best_loss = state["measured"], state["best_loss"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -6,7 +6,8 @@ import math
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 
@@ -34,13 +35,25 @@ class Deadline:
         return time.monotonic() >= self._end
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal end the block as Ctrl-C does, with KeyboardInterrupt."""
+    others = [number for number in Stop.SIGNALS if number != signal.SIGINT]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in others}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Stop:
     """Within this context, a first signal sets `requested`, a second ends the program as usual."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self._raises = False
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Stop:
@@ -52,11 +65,24 @@ class Stop:
     ) -> None:
         self._restore()
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this block, which changes nothing that lasts, a signal raises Stopped rather than wait."""
+        if self.requested:
+            raise Stopped
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
         with suppress(OSError):  # the terminal may be gone; and print() must not be entered twice
             os.write(2, b"stopping after this step; once more stops at once\n")
+        if self._raises:
+            raise Stopped
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -12,7 +12,7 @@ from mlora.adapters import METHODS
 from mlora.config import JobConfig
 from mlora.data import Sample
 from mlora.model.batch import Batch, Row
-from mlora.training import checkpoint
+from mlora.training.checkpoint import Checkpoints
 from mlora.training.job import Job
 from mlora.training.trainer import train
 from tests.families import VOCABULARY, multi
@@ -153,45 +153,20 @@ def test_r2_resumed_training_is_bit_identical(stops: tuple[int, ...], together: 
         for name in "abc":
             model.add_adapter(name, CONFIGS[name].method)
         jobs = [Job(CONFIGS[name], ROWS[name], model, seed=5) for name in "abc"]
-        assert checkpoint.restore(tmp_path, jobs, model) == (rounds > 0)
+        checkpoints = Checkpoints(tmp_path, jobs, model)
+        assert checkpoints.restore() == (rounds > 0)
 
         def after(stepped: list[Job]) -> bool:
             nonlocal rounds
             rounds += 1
             _note(stepped, losses)
             if rounds >= stop or any(job.done for job in stepped):  # noqa: B023
-                checkpoint.save(tmp_path, jobs, model)  # noqa: B023
+                checkpoints.save()  # noqa: B023
             return rounds >= stop  # noqa: B023
 
-        train(model, jobs, together, after)
+        with checkpoints:
+            train(model, jobs, together, after)
     assert losses == straight[0]
     for name in "abc":
         for key, tensor in model.adapter_tensors(name).items():
             assert torch.equal(tensor, straight[1][name][key]), key
-
-
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = multi()
-    for name in "bc":
-        model.add_adapter(name, CONFIGS[name].method)
-    jobs = [Job(CONFIGS[name], ROWS[name], model, seed=5) for name in "bc"]
-
-    def after(stepped: list[Job]) -> bool:
-        checkpoint.save(tmp_path, jobs, model)
-        return jobs[0].step == 11
-
-    train(model, jobs, None, after)
-    steps = {folder: sorted(p.name for p in (tmp_path / folder).iterdir()) for folder in "bc"}
-    assert steps == {"b": ["step-000010", "step-000011"], "c": ["step-000003-1", "step-000003-2"]}
-    for newest in (tmp_path / "b" / "step-000011", tmp_path / "c" / "step-000003-2"):
-        for file in sorted(newest.iterdir()):
-            content = file.read_bytes()
-            for broken in (content[: len(content) // 2], content[:9] + bytes([content[9] ^ 1]) + content[10:]):
-                file.write_bytes(broken)
-                caplog.clear()
-                assert checkpoint.restore(tmp_path, jobs, model)
-                assert [(j.step, j.row) for j in jobs] == [(10, 0), (3, 1)]
-                assert f"{newest} is damaged" in caplog.text
-            file.write_bytes(content)
-    assert checkpoint.restore(tmp_path, jobs, model)
-    assert [(j.step, j.row) for j in jobs] == [(11, 0), (3, 2)]
