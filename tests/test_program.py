@@ -196,12 +196,12 @@ def test_an_evaluation_that_fails_loses_nothing_else(
     here: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_config(adapter("a", num_epochs=1), adapter("b", task_name="arc_easy", num_epochs=1))
-    own = assess.evaluate
+    own = assess.examine
 
     def failing(model: object, group: list, *rest: object) -> object:
         return own(model, group, *rest) if group[0].task != "boolq" else 1 / 0
 
-    monkeypatch.setattr(assess, "evaluate", failing)
+    monkeypatch.setattr(assess, "examine", failing)
     assert main(RunOptions(str(base))) == 1
     shown = capsys.readouterr()
     assert "evaluation of boolq failed: ZeroDivisionError" in shown.err and "arc_easy" in shown.out
@@ -420,15 +420,28 @@ def test_the_best_state_by_held_out_loss_is_kept(here: Path, base: Path, held_ou
     assert main(RunOptions(str(base), dir="other")) == 2
 
 
-def test_evaluate_steps_scores_during_training(here: Path, base: Path) -> None:
+def test_evaluate_steps_scores_rows_that_are_neither_learnt_nor_judged_by(
+    here: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_config(adapter("a", num_epochs=4, evaluate_steps=5))
+    assert main(RunOptions(str(base))) == 2
+    assert "boolq has no labelled validation split" in capsys.readouterr().err
+    write_config(
+        adapter("a", num_epochs=4, evaluate_steps=5, val_set_size=8),
+        adapter("b", num_epochs=4, evaluate_steps=5, eval_data=str(here / "data/boolq/train.jsonl")),
+    )
     assert main(RunOptions(str(base))) == 0
-    entries = [json.loads(line) for line in Path("metrics.jsonl").read_text().splitlines()]
-    assert [(e["step"], e["task"]) for e in entries if "task" in e] == [(5, "boolq"), (10, "boolq")]
+    scored = [entry for entry in map(json.loads, Path("metrics.jsonl").read_text().splitlines()) if "task" in entry]
+    own = [entry for entry in scored if entry["adapter"] == "a"]
+    assert [(e["step"], e["task"], e["split"], e["n"]) for e in own] == [(s, "boolq", "validation", 8) for s in (5, 8)]
+    assert {(e["step"], e["split"], e["n"]) for e in scored if e["adapter"] == "b"} == {
+        (step, "validation", 24) for step in (5, 10, 12)
+    }
 
 
 def test_the_routers_of_a_training_are_recorded(here: Path, base: Path) -> None:
-    write_config(adapter("a", num_epochs=4, evaluate_steps=5), adapter("b", num_epochs=4, evaluate_steps=5, **MIXTURE))
+    every = {"num_epochs": 4, "evaluate_steps": 5, "val_set_size": 4}
+    write_config(adapter("a", **every), adapter("b", **every, **MIXTURE))
     assert main(RunOptions(str(base))) == 0
     lines = [json.loads(line) for line in Path("router.jsonl").read_text().splitlines()]
     training = [line for line in lines if line["split"] == "train"]
@@ -439,8 +452,42 @@ def test_the_routers_of_a_training_are_recorded(here: Path, base: Path) -> None:
     for line in training:
         assert line["tokens"] > 100 and [layer["layer"] for layer in line["layers"]] == [0, 1]
         assert all(sum(layer["share"]) == pytest.approx(1, abs=1e-4) for layer in line["layers"])
+    assert [(line["adapter"], line["step"], line["split"], line["task"]) for line in lines if line not in training] == [
+        ("b", None, "test", "boolq")
+    ]
     assert main(RunOptions(str(base), overwrite=True)) == 0
     assert len(Path("router.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_a_sweep_trains_every_combination_and_ranks_them(
+    here: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "gen",
+        "--template",
+        "lora",
+        "--tasks",
+        "boolq",
+        "--data_path",
+        "data",
+        "--sweep",
+        "lr=1e-4,0.05;seed=1,2",
+    ]
+    done = launch(*command, "--num_epochs", "1")
+    assert done.returncode == 0, done.stderr
+    entries = json.loads(Path("mlora.json").read_text())["lora"]
+    assert [(e["name"], e["lr"], e["seed"]) for e in entries] == [
+        ("boolq_0", 1e-4, 1), ("boolq_1", 1e-4, 2), ("boolq_2", 0.05, 1), ("boolq_3", 0.05, 2)
+    ]  # fmt: skip
+    assert main(RunOptions(str(base))) == 0
+    shown = capsys.readouterr().out.partition("ranked by lr")[2]
+    values = {r["adapter"]: r["value"] for r in json.loads(Path("results.json").read_text())}
+    low, high = (values[f"boolq_{i}"] / 2 + values[f"boolq_{i + 1}"] / 2 for i in (0, 2))
+    first, second = json.loads(Path("ranking.json").read_text())
+    assert [first["average"], second["average"]] == pytest.approx(sorted([low, high], reverse=True))
+    assert first["adapters"] in (["boolq_0", "boolq_1"], ["boolq_2", "boolq_3"])
+    row = next(line for line in shown.splitlines() if line.startswith("1 "))
+    assert first["settings"]["lr"] in row and "over 2 seeds" in shown
 
 
 def test_overwriting_starts_the_metrics_of_an_adapter_anew(here: Path, base: Path) -> None:

@@ -40,6 +40,7 @@ OVERRIDES = [
 @option("file_name", "File to write.", default="mlora.json", show_default=True)
 @option("data_path", 'Local data: one path for each task, joined by ";", or one folder.')
 @option("multi_task", "One adapter for the mixture of the tasks.", bool, default=False)
+@option("sweep", 'Values to compare, one adapter each: "lr=1e-4,2e-4;r=8,16".')
 @option("append", "Add to the file rather than replace it.", bool, default=False)
 @all_of([option(flag, help, kind) for flag, _, kind, help in OVERRIDES])
 def gen(
@@ -50,6 +51,7 @@ def gen(
     data_path: str | None,
     multi_task: bool,
     append: bool,
+    sweep: str | None,
     **flags: Any,
 ) -> None:
     """Write a config file from a template and task names.
@@ -66,12 +68,14 @@ def gen(
         data_path=data_path,
         multi_task=multi_task,
         append=append,
+        sweep=sweep,
         overrides={key: flags[flag] for flag, key, _, _ in OVERRIDES},
     )
     click.echo(f"Wrote {file_name}:")
     for job in config.lora:
         data = "" if job.data is None else f", data {job.data}"
-        click.echo(f"  {job.name}: {job.method.method} on {job.task_name}{data}")
+        values = "".join(f", {key} {getattr(job, key, getattr(job.method, key, None))}" for key in config.sweep)
+        click.echo(f"  {job.name}: {job.method.method} on {job.task_name}{data}{values}")
     option = "" if file_name == "mlora.json" else f" --config {file_name}"
     click.echo(f"Next: python launch.py run --base_model BASE_MODEL{option}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlora.config.load import parse_config
 from mlora.config.names import subfolder
 from mlora.config.run import RunConfig
 from mlora.config.schema import run_schema
+from mlora.config.sweep import parse_sweep
 from mlora.config.templates import find_template
 from mlora.tasks import folder_names, known_tasks
 
@@ -48,6 +50,7 @@ def generate(
     data_path: str | None = None,
     multi_task: bool = False,
     append: bool = False,
+    sweep: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """Write a config file with one adapter for each task, or one for all of them, and return what it says.
@@ -60,6 +63,7 @@ def generate(
         data_path: one for each task joined by ";", or a folder with a subfolder for each task.
         multi_task: train one adapter on the mixture of the tasks.
         append: add to the config in the file rather than replace it.
+        sweep: keys and values of which every combination gets an adapter, `key=value,value;key=value`.
         overrides: keys of the file that replace the template's, where not None.
 
     Raises:
@@ -79,14 +83,16 @@ def generate(
     else:
         config["lora"] = []
     config |= for_run
+    combinations = parse_sweep(sweep, [entry | for_each for entry in entries]) if sweep is not None else [{}]
+    if sweep is not None:
+        config.pop("train_lora_simultaneously_num", None)  # all of them side by side
+        config["sweep"] = list(dict.fromkeys([*config.get("sweep", []), *combinations[0]]))
     names = [part.strip() for part in tasks.split(";") if part.strip()]
     subjects = _subjects(names, _data_of_each(names, data_path), multi_task)
-    for entry in entries:
-        for subject in subjects:
-            name = f"{adapter_name or subject.stem}_{len(config['lora'])}"
-            config["lora"].append(
-                {"name": name, "task_name": CASUAL} | entry | {"name": name} | subject.values | for_each
-            )
+    for entry, subject, combination in product(entries, subjects, combinations):
+        name = f"{adapter_name or subject.stem}_{len(config['lora'])}"
+        values = entry | {"name": name} | subject.values | for_each | combination
+        config["lora"].append({"name": name, "task_name": CASUAL} | values)
     typed = parse_config(config, str(file_name))
     write_json(file_name, config)
     return typed

@@ -81,7 +81,8 @@ class JobConfig(BaseModel):
     num_epochs: int = Field(2, ge=1)
     """Passes over the training data."""
     evaluate_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between evaluations during training; only at the end where left out."""
+    """Optimizer steps between evaluations during training, on the rows of val_set_size or eval_data, or else on the
+    task's validation split: never on those that results are of. None during training where left out."""
     group_by_length: bool = False
     """Whether sequences of similar length are drawn together."""
     sparse_step: int | None = None

@@ -25,6 +25,7 @@ _RUN_FILES = {
     "mlora.log",
     "readme.md",
     "report.html",
+    "ranking.json",
     "results.json",
     "router.jsonl",
     "samples",

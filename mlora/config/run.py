@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mlora.config.errors import show
+from mlora.adapters import METHODS
+from mlora.config.errors import did_you_mean, show
 from mlora.config.job import JobConfig
 from mlora.config.names import same_folder
 
@@ -32,12 +33,23 @@ class RunConfig(BaseModel):
     """Adapters that share a forward pass in generation; all where left out."""
     evaluate_result: str | None = None
     """File that the results of an evaluation are written to as well, as JSON."""
+    sweep: tuple[str, ...] = ()
+    """Keys of the adapters whose values are compared: the results are ranked by them. `gen --sweep` writes it."""
     train_lora_candidate_num: Positive | None = None
     """No effect: accepted because the predecessors' files have it."""
     train_strategy: Literal["optim", "none"] | None = None
     """No effect: both fill batches alike, because packed sequences need no padding to be saved."""
     lora: tuple[JobConfig, ...] = Field(min_length=1)
     """The adapters, trained independently of each other."""
+
+    @field_validator("sweep")
+    @classmethod
+    def _keys_of_adapters(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = {*JobConfig.model_fields, *(key for method in METHODS.values() for key in method.model_fields)}
+        unknown = [key for key in value if key not in known]
+        if unknown:
+            raise ValueError(f"{show(unknown[0])} is no key of an adapter{did_you_mean(unknown[0], known)}")
+        return value
 
     @field_validator("lora")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
@@ -120,12 +120,12 @@ def load_training_samples(
         parts = _task_parts(tasks, data, tokenizer, cutoff_len, split, train_on_inputs)
     for rows, encode, where in parts:
         before, dropped = len(result), result.report.dropped
-        for sample in _built(islice(rows, limit), encode, result.report, on_bad_row):
+        for number, sample in enumerate(_built(islice(rows, limit), encode, result.report, on_bad_row)):
             if sample is None:
                 result.report.dropped += 1
             else:
                 result.report.truncated += sample.truncated
-                result.samples.append(sample)
+                result.samples.append(replace(sample, row=number))
         if len(result) == before:
             lost = result.report.dropped - dropped
             reason = f"; {lost} rows lost their answer to cutoff_len {cutoff_len}" if lost else ""

@@ -35,6 +35,7 @@ class Sample:
         task: name of the task that the row is of; "casual" for instruction data.
         truncated: whether the cutoff shortened the prompt.
         class_id: index of the row's class in classification.
+        row: its number within the split of its task, or within its part of instruction data.
     """
 
     input_ids: tuple[int, ...]
@@ -42,6 +43,7 @@ class Sample:
     task: str
     truncated: bool = False
     class_id: int | None = None
+    row: int = 0
 
 
 @dataclass(frozen=True)

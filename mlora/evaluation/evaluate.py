@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections import defaultdict
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from mlora.data import encode_choices, load_questions
+from mlora.evaluation.questions import Examination, Library, QuestionSet, by_questions
 from mlora.evaluation.score import Prediction, Request, predict
 from mlora.model.errors import ModelError
 from mlora.model.multi import MultiAdapterModel
-from mlora.tasks import METRICS, Protocol, find_task
+from mlora.model.profile import RouterProfile
+from mlora.tasks import METRICS, find_task
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Examination:
-    """One adapter to be evaluated on one task.
-
-    Attributes:
-        adapter: name; None for the plain base model.
-        task: name.
-        protocol: of the task; None for the first that has the name.
-        data: local data; None for the published data set.
-        limit: rows; None for all.
-        batch_size: rows of this adapter in a forward.
-    """
-
-    adapter: str | None
-    task: str
-    data: str | None = None
-    limit: int | None = None
-    batch_size: int = 16
-    protocol: Protocol | None = None
+Conditions = dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +30,8 @@ class Result:
         n: rows.
         limit: rows that the evaluation was limited to; None where it was not.
         date: ISO 8601, UTC.
+        chance: the value of whoever guesses; None where the metric has none.
+        conditions: what else the value depends on; results are comparable where these are equal.
     """
 
     adapter: str
@@ -64,6 +44,8 @@ class Result:
     n: int
     limit: int | None
     date: str
+    chance: float | None = None
+    conditions: Conditions = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name."""
@@ -74,31 +56,23 @@ BASE = "base model"
 """What results call the plain base model: no adapter can have a name with a blank."""
 
 
-def by_questions(examinations: Iterable[Examination]) -> list[list[Examination]]:
-    """Return the examinations grouped by the questions that they ask."""
-    groups: dict[tuple[Any, ...], list[Examination]] = defaultdict(list)
-    for examination in examinations:
-        groups[examination.task, examination.protocol, examination.data, examination.limit].append(examination)
-    return list(groups.values())
+@dataclass(frozen=True)
+class Outcome:
+    """All that an examination brings.
 
-
-def check(examinations: Iterable[Examination], tokenizer: Any, cutoff_len: int) -> None:
-    """Read and encode all questions, so that bad data is found before the training and not after.
-
-    Raises:
-        DataError: data that is not there, or a row that cannot be used.
+    Attributes:
+        examination: that was held.
+        questions: that were asked.
+        predictions: for each of them.
+        results: one for each metric of the task.
+        routing: what the adapter's routers did; None where it has none.
     """
-    for group in by_questions(examinations):
-        first = group[0]
-        task = find_task(first.task, first.protocol)
-        shortened = 0
-        for question in load_questions(task.name, first.data, limit=first.limit, protocol=task.protocol):
-            encoded = encode_choices(tokenizer, question, task.protocol, cutoff_len)
-            if len(encoded.prompt_ids) + max(map(len, encoded.choice_ids), default=0) == cutoff_len:
-                whole = encode_choices(tokenizer, question, task.protocol, sys.maxsize)
-                shortened += len(encoded.prompt_ids) < len(whole.prompt_ids)
-        if shortened:
-            log.warning("%s: cutoff_len %d shortens %d of its evaluation prompts", task.name, cutoff_len, shortened)
+
+    examination: Examination
+    questions: QuestionSet
+    predictions: Sequence[Prediction]
+    results: Sequence[Result]
+    routing: RouterProfile | None
 
 
 def check_heads(model: MultiAdapterModel, examinations: Iterable[Examination]) -> None:
@@ -116,6 +90,30 @@ def check_heads(model: MultiAdapterModel, examinations: Iterable[Examination]) -
             raise ModelError(f"{BASE if name is None else name} has {has}; the task {task.name} needs {needs}")
 
 
+def conditions(model: MultiAdapterModel, adapter: str | None, questions: QuestionSet) -> Conditions:
+    """Return what a result depends on besides task and metric.
+
+    base_model and precision are what the model was loaded as, adapter and rows digests of the adapter's settings and
+    tensors, and of the questions as the tokenizer and the cutoff leave them.
+    """
+    quantised = getattr(model.hf_model.config, "quantization_config", None)
+    revision = model.origin.revision
+    return {
+        "base_model": model.origin.given if revision is None else f"{model.origin.given}@{revision}",
+        "precision": str(model.hf_model.dtype).removeprefix("torch.") + (" quantised" if quantised else ""),
+        "adapter": None if adapter is None else _digest(model, adapter),
+        "rows": questions.digest,
+    }
+
+
+def _digest(model: MultiAdapterModel, adapter: str) -> str:
+    digest = hashlib.sha256(model.adapters[adapter].as_saved().model_dump_json().encode())
+    for name, tensor in sorted(model.adapter_tensors(adapter).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def evaluate(
     model: MultiAdapterModel,
     examinations: Sequence[Examination],
@@ -123,51 +121,89 @@ def evaluate(
     simultaneously: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Result]:
-    """Yield every result as soon as it exists.
+    """Yield every result as soon as it exists; see `examine`."""
+    library = Library(model.tokenizer, cutoff_len)
+    for outcome in examine(model, examinations, library, simultaneously, progress):
+        yield from outcome.results
+
+
+def examine(
+    model: MultiAdapterModel,
+    examinations: Sequence[Examination],
+    library: Library,
+    simultaneously: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    known: Callable[[Examination, Conditions], bool] | None = None,
+) -> Iterator[Outcome]:
+    """Yield the outcome of every examination as soon as it exists.
 
     Adapters that are evaluated on the same rows of a task share its forwards; which do, changes no result.
 
     Args:
         model: that holds the adapters.
         examinations: what to evaluate.
-        cutoff_len: tokens of a prompt and its longest choice.
+        library: that has the questions.
         simultaneously: adapters in one forward; None for all.
         progress: called with the task, the rows done and the rows in all.
+        known: whether an examination need not be held, because its results under these conditions are there.
 
     Raises:
         ModelError: an adapter's classification head is not for a task.
     """
     check_heads(model, examinations)
     for group in by_questions(examinations):
-        task = group[0].task
-        size = len(group) if simultaneously is None else simultaneously
-        for start in range(0, len(group), size):
-            together = group[start : start + size]
-            report = None if progress is None else lambda done, rows, task=task: progress(task, done, rows)
-            yield from _evaluate_together(model, together, cutoff_len, report)
+        questions = library.questions(group[0])
+        wanted = [(e, conditions(model, e.adapter, questions)) for e in group]
+        wanted = [pair for pair in wanted if known is None or not known(*pair)]
+        size = len(wanted) if simultaneously is None else simultaneously
+        for start in range(0, len(wanted), size or 1):
+            together = dict(wanted[start : start + size])
+            report = None if progress is None else lambda done, all, task=group[0].task: progress(task, done, all)
+            yield from _examine_together(model, together, questions, report)
 
 
-def _evaluate_together(
-    model: MultiAdapterModel, group: Sequence[Examination], cutoff_len: int, progress: Callable[[int, int], None] | None
-) -> Iterator[Result]:
-    first = group[0]
-    task = find_task(first.task, first.protocol)
-    questions = load_questions(task.name, first.data, limit=first.limit, protocol=task.protocol)
-    encoded = [encode_choices(model.tokenizer, question, task.protocol, cutoff_len) for question in questions]
-    requests = [Request(e.adapter, question) for question in encoded for e in group]
+def _examine_together(
+    model: MultiAdapterModel,
+    group: dict[Examination, Conditions],
+    questions: QuestionSet,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[Outcome]:
+    requests = [Request(e.adapter, question) for question in questions.encoded for e in group]
     found: dict[str | None, list[Prediction]] = {e.adapter: [] for e in group}
-    predictions = predict(model, requests, task.protocol, sum(e.batch_size for e in group))
-    for number, (request, prediction) in enumerate(zip(requests, predictions, strict=True), 1):
-        found[request.adapter].append(prediction)
-        if progress is not None and number % len(group) == 0:
-            progress(number // len(group), len(questions))
-    answers = [question.answer for question in questions]
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    for examination in group:
-        for metric in task.metrics:
-            score = METRICS[metric]([p.answer(metric) for p in found[examination.adapter]], answers)
-            name = BASE if examination.adapter is None else examination.adapter
-            limit = examination.limit
-            yield Result(
-                name, task.name, task.version, task.protocol, metric, score.value, score.stderr, score.n, limit, date
+    with model.profiling() as profiles:
+        predictions = predict(model, requests, questions.task.protocol, sum(e.batch_size for e in group))
+        for number, (request, prediction) in enumerate(zip(requests, predictions, strict=True), 1):
+            found[request.adapter].append(prediction)
+            if progress is not None and number % len(group) == 0:
+                progress(number // len(group), len(questions.encoded))
+    for examination, under in group.items():
+        own = found[examination.adapter]
+        results = _results(examination, questions, own, under)
+        routing = None if examination.adapter is None else profiles.get(examination.adapter)
+        yield Outcome(examination, questions, own, results, routing)
+
+
+def _results(
+    examination: Examination, questions: QuestionSet, predictions: Sequence[Prediction], under: Conditions
+) -> list[Result]:
+    task, date = questions.task, datetime.now(UTC).isoformat(timespec="seconds")
+    results = []
+    for metric in task.metrics:
+        score = METRICS[metric]([prediction.answer(metric) for prediction in predictions], questions.answers)
+        results.append(
+            Result(
+                adapter=BASE if examination.adapter is None else examination.adapter,
+                task=task.name,
+                version=task.version,
+                protocol=task.protocol,
+                metric=metric,
+                value=score.value,
+                standard_error=score.stderr,
+                n=score.n,
+                limit=examination.limit,
+                date=date,
+                chance=questions.chance(metric),
+                conditions=under,
             )
+        )
+    return results

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +27,7 @@ from mlora.model.card import Making
 from mlora.model.errors import ModelError
 from mlora.model.inject import Sites
 from mlora.model.padded import PaddedRows
+from mlora.model.profile import RouterProfile
 from mlora.model.recompute import recompute_in_backward
 from mlora.model.scope import Flight, Scope
 
@@ -446,6 +448,23 @@ class MultiAdapterModel(nn.Module):
         """Whether sequences of an adapter may branch: not where attention is not ours or a method counts tokens."""
         counts = adapter is not None and self.adapter_module(adapter).method.counts_tokens
         return self.hf_model.config._attn_implementation == PACKED and not self.padded and not counts
+
+    @contextmanager
+    def profiling(self) -> Iterator[dict[str, RouterProfile]]:
+        """Add up what the routers of every adapter do in the forwards inside the `with` block, by adapter."""
+        profiles: dict[str, RouterProfile] = {}
+
+        def observe(flight: Flight) -> None:
+            for segment in flight.segments:
+                if segment.adapter is not None and segment.router_logits:
+                    method = self._adapters[segment.adapter].method
+                    profiles.setdefault(segment.adapter, RouterProfile(method)).add(segment.router_logits)
+
+        self.scope.observe = observe
+        try:
+            yield profiles
+        finally:
+            self.scope.observe = None
 
     @torch.no_grad()
     def check_packing(self) -> None:

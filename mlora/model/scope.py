@@ -6,7 +6,7 @@ padded batch, or the rows of a batch in generation, where a module sees n / tota
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -44,11 +44,18 @@ class Flight:
 
 
 class Scope:
-    """The batch in flight, shared by the injected modules of one model."""
+    """The batch in flight, shared by the injected modules of one model.
+
+    Attributes:
+        flight: the batch; None outside of one.
+        default: adapter of all tokens where there is none.
+        observe: called with every batch that has gone through.
+    """
 
     def __init__(self) -> None:
         self.flight: Flight | None = None
         self.default: str | None = None
+        self.observe: Callable[[Flight], None] | None = None
 
     def split(self, shape: Sequence[int]) -> Sequence[Segment]:
         """Return the segments of an input [rows, length]; outside a flight all of it is the default adapter's."""
@@ -65,3 +72,5 @@ class Scope:
             yield
         finally:
             self.flight = previous
+        if self.observe is not None:
+            self.observe(flight)

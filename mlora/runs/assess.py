@@ -10,11 +10,12 @@ from typing import Any
 from mlora.config import JobConfig
 from mlora.config.job import CASUAL
 from mlora.data import split_paths, task_names
-from mlora.evaluation import Examination, by_questions, evaluate
+from mlora.evaluation import Conditions, Examination, Library, by_questions, examine
 from mlora.model.multi import MultiAdapterModel
 from mlora.report.progress import Rows
 from mlora.runs.folder import RunFolder
 from mlora.tasks import find_task
+from mlora.training.stop import Deadline, Paused
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,12 @@ def assess(
     model: MultiAdapterModel,
     wanted: Sequence[Examination],
     folder: RunFolder,
-    cutoff_len: int,
-    simultaneously: int | None,
+    library: Library,
+    simultaneously: int | None = None,
+    *,
+    deadline: Deadline | None = None,
+    keep: bool = False,
+    with_samples: bool = False,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Evaluate, write each result as soon as it exists, and return the results and what failed.
 
@@ -50,17 +55,38 @@ def assess(
         model: that holds the adapters.
         wanted: what to evaluate.
         folder: of the results.
-        cutoff_len: tokens of a prompt and its longest choice.
+        library: that has the questions.
         simultaneously: adapters in one forward; None for all.
+        deadline: end of the time limit.
+        keep: whether results of the same adapters on the same questions are kept rather than found again.
+        with_samples: whether to write what was answered to each row.
+
+    Raises:
+        Paused: the time is up; the results so far are written.
     """
     results: list[dict[str, Any]] = []
     failures: list[str] = []
+
+    def known(examination: Examination, under: Conditions) -> bool:
+        found = folder.known_results(examination, under) if keep else []
+        if with_samples and not folder.samples(examination).exists():
+            return False
+        results.extend(found)
+        return bool(found)
+
     with Rows() as progress:
+
+        def report(task: str, done: int, rows: int) -> None:
+            if deadline is not None and deadline.passed:
+                raise Paused("time is up; all results so far are written")
+            progress.show(task, done, rows)
+
         for group in by_questions(wanted):
             try:
-                for result in evaluate(model, group, cutoff_len, simultaneously, progress.show):
-                    folder.add_result(result.as_dict())
-                    results.append(result.as_dict())
+                for outcome in examine(model, group, library, simultaneously, report, known):
+                    results += folder.add_outcome(outcome, with_samples)
+            except Paused:
+                raise
             except Exception as error:  # whatever one task fails by, the others' results must not be lost
                 log.exception("evaluation of %s failed", group[0].task)
                 failures.append(f"evaluation of {group[0].task} failed: {type(error).__name__}: {error}")

@@ -7,15 +7,17 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mlora.config import ConfigError, Problem
+from mlora.config import ConfigError, JobConfig, Problem
 from mlora.config.jsonfile import write_atomically, write_json
+from mlora.evaluation import BASE, Conditions, Examination, Outcome
 from mlora.model.profile import RouterProfile
+from mlora.tasks import find_task
 from mlora.tracking import Trackers
 
 PACKAGES = ("mlora", "torch", "transformers", "datasets", "accelerate", "safetensors", "bitsandbytes", "peft")
@@ -40,6 +42,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.router = self.path / "router.jsonl"
         self.results = self.path / "results.json"
+        self.ranking = self.path / "ranking.json"
         self.config = self.path / "config.json"
         self.environment = self.path / "environment.json"
         self.trackers = Trackers()
@@ -90,12 +93,12 @@ class RunFolder:
         _append(self.metrics, {"adapter": adapter, "step": step} | finite)
         self.trackers.log(adapter, step, measured)
 
-    def log_routing(self, adapter: str, step: int, task: str, profile: RouterProfile) -> None:
-        """Append how the routers of an adapter spread the tokens of a training step to router.jsonl, if it has any."""
+    def log_routing(self, adapter: str, step: int, job: JobConfig, profile: RouterProfile) -> None:
+        """Append how an adapter's routers spread the tokens of a training step to router.jsonl, if it has any."""
         layers = profile.layers()
         if layers:
-            described = {"adapter": adapter, "step": step, "split": "train", "task": task, "protocol": None}
-            _append(self.router, described | {"tokens": profile.tokens, "layers": layers})
+            described = {"step": step, "split": "train", "task": job.task_name, "protocol": job.protocol}
+            _append(self.router, {"adapter": adapter} | described | {"tokens": profile.tokens, "layers": layers})
 
     def forget_steps(self, adapter: str, after: int, examined: bool = True) -> None:
         """Drop an adapter's lines of later steps, those of a training that is done again from there.
@@ -114,9 +117,50 @@ class RunFolder:
                 write_atomically(file, "".join(kept))
 
     def log_evaluation(self, adapter: str, step: int, result: dict[str, Any]) -> None:
-        """Append a result that was measured during training to metrics.jsonl."""
-        _append(self.metrics, {"adapter": adapter, "step": step} | {key: result[key] for key in EVALUATION})
+        """Append a result on validation rows that was measured during training to metrics.jsonl."""
+        described = {"adapter": adapter, "step": step, "split": "validation"}
+        _append(self.metrics, described | {key: result[key] for key in EVALUATION})
         self.trackers.log(adapter, step, _tracked(result))
+
+    def add_outcome(self, outcome: Outcome, with_samples: bool = False) -> list[dict[str, Any]]:
+        """Write all that an examination has brought, in place of what an earlier one has; return its results.
+
+        Args:
+            outcome: of the examination.
+            with_samples: whether to write what was answered to each row as well.
+        """
+        if with_samples:
+            write_atomically(self.samples(outcome.examination), "".join(_sample_lines(outcome)))
+        if outcome.routing is not None:
+            self._replace_routing(outcome, outcome.routing)
+        results = [result.as_dict() for result in outcome.results]
+        for result in results:
+            self.add_result(result)
+        return results
+
+    def samples(self, examination: Examination) -> Path:
+        """File of what an adapter has answered to each row of a task."""
+        task = find_task(examination.task, examination.protocol)
+        file = f"{task.name.replace(':', '-')}.{task.protocol}.jsonl"
+        return self.path / "samples" / (examination.adapter or BASE) / file
+
+    def _replace_routing(self, outcome: Outcome, profile: RouterProfile) -> None:
+        task, asked = outcome.questions.task, outcome.examination
+        entry = {"adapter": asked.adapter, "step": None, "split": asked.split, "task": task.name}
+        entry |= {"protocol": task.protocol}
+        lines = self.router.read_text(encoding="utf-8").splitlines(keepends=True) if self.router.exists() else []
+        kept = [line for line in lines if not entry.items() <= json.loads(line).items()]
+        whole = entry | {"tokens": profile.tokens, "layers": profile.layers()}
+        write_atomically(self.router, "".join([*kept, json.dumps(whole) + "\n"]))
+
+    def known_results(self, examination: Examination, conditions: Conditions) -> list[dict[str, Any]]:
+        """Return the results that an examination under these conditions had before; [] where one is missing."""
+        task = find_task(examination.task, examination.protocol)
+        name = examination.adapter or BASE
+        wanted: dict[str, Any] = {"adapter": name, "task": task.name, "protocol": task.protocol}
+        wanted |= {"version": task.version, "conditions": conditions}
+        found = [r for r in self.read_results() if all(r.get(key) == value for key, value in wanted.items())]
+        return found if {r["metric"] for r in found} == set(task.metrics) else []
 
     def read_results(self) -> list[dict[str, Any]]:
         """Return the results so far.
@@ -144,6 +188,22 @@ class RunFolder:
 
 def _tracked(result: dict[str, Any]) -> dict[str, Any]:
     return {"/".join(result[key] for key in ("protocol", "task", "metric")): result["value"]}
+
+
+def _sample_lines(outcome: Outcome) -> Iterator[str]:
+    questions, adapter = outcome.questions, outcome.examination.adapter or BASE
+    for row, (question, prediction) in enumerate(zip(questions.questions, outcome.predictions, strict=True)):
+        sample = {
+            "row": row,
+            "adapter": adapter,
+            "prompt": question.prompt,
+            "choices": question.choices or questions.task.labels,
+            "scores": prediction.scores,
+            "chosen": prediction.chosen,
+            "answer": question.answer,
+            "correct": prediction.chosen == question.answer,
+        }
+        yield json.dumps(sample, ensure_ascii=False) + "\n"
 
 
 def _append(file: Path, entry: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlora.config import ConfigError, JobConfig, Problem
 from mlora.config.job import CASUAL
-from mlora.data import Sample, Samples, Split, load_training_samples, task_names
+from mlora.data import Sample, Samples, Split, load_training_samples, split_paths, task_names
+from mlora.evaluation import Examination
 from mlora.tasks import find_task
 from mlora.training.heldout import HeldOut, split
 
@@ -52,6 +53,37 @@ class Reader:
                 raise ConfigError(f"{job.name}: val_set_size", [Problem("", message)])
             rows, held_out = split(rows, job.val_set_size, job.seed_or(self.seed), job.name)
         return rows, HeldOut(job.name, held_out, job.evaluate_batch_size) if held_out else None
+
+    def validation(self, job: JobConfig, held_out: HeldOut | None) -> list[Examination]:
+        """Return what an adapter is scored on every `evaluate_steps`: rows that it neither learns nor is judged by.
+
+        They are those held out for its loss, or the published validation split.
+
+        Raises:
+            ConfigError: there are no such rows.
+        """
+        if not job.evaluate_steps or job.task_name == CASUAL:
+            return []
+        tasks = [find_task(name, job.protocol) for name in task_names(job.task_name)]
+        split: Split = "train" if job.val_set_size else _held_out_split(job) if job.eval_data else "validation"
+        lacking = [task.name for task in tasks if split == "validation" and task.source.validation is None]
+        if lacking:
+            message = (
+                f"{', '.join(lacking)} has no labelled validation split besides the rows that results are of; "
+                "set val_set_size, or eval_data, or leave evaluate_steps out"
+            )
+            raise ConfigError(f"{job.name}: evaluate_steps", [Problem("", message)])
+        wanted = []
+        for task, path in zip(
+            tasks, split_paths(job.eval_data or job.data, [task.name for task in tasks]), strict=True
+        ):
+            rows = None
+            if split == "train" and held_out is not None:
+                rows = tuple(sample.row for sample in held_out.samples if sample.task == task.name)
+            if rows != ():
+                size = job.evaluate_batch_size
+                wanted.append(Examination(job.name, task.name, path, job.limit, size, task.protocol, split, rows))
+        return wanted
 
     def _training_rows(self, job: JobConfig) -> Samples:
         samples = self._samples(job.data, "train", *_settings(job))

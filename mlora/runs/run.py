@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,9 +18,10 @@ from mlora.config import ConfigError, Problem, RunConfig, RunOptions, load_confi
 from mlora.config.job import CASUAL
 from mlora.config.jsonfile import write_json
 from mlora.data import task_names
-from mlora.evaluation import Examination, check, check_heads
+from mlora.evaluation import Examination, Library, check_heads
 from mlora.model import card, files, load
 from mlora.model.multi import MultiAdapterModel
+from mlora.report.grid import ranking, ranking_table
 from mlora.report.table import results_table
 from mlora.runs.answer import answer_lines
 from mlora.runs.assess import assess, examinations, of_base
@@ -27,6 +30,7 @@ from mlora.runs.plan import Plan, PlannedJob, dry_plan
 from mlora.runs.report import write_report
 from mlora.runs.rows import Reader
 from mlora.runs.session import Session
+from mlora.runs.sweep import swept
 from mlora.tasks import find_task
 from mlora.tracking import Trackers
 from mlora.training.job import MAX_SKIPPED, Job
@@ -86,8 +90,11 @@ class Run:
         # all data is read before the weights are, and before anything is written
         reader = Reader(tokenizer, self._cutoff, options.random_seed)
         rows = [reader.rows_of(job) for job in self.config.lora] if training else []
-        if not options.inference:
-            check(self._wanted(), tokenizer, self._cutoff)
+        held_out = zip(self.config.lora, rows, strict=False)
+        validation = {job.name: reader.validation(job, own) for job, (_, own) in held_out}
+        library = Library(tokenizer, self._cutoff)
+        for examination in [] if options.inference else [*self._wanted(), *chain(*validation.values())]:
+            library.questions(examination)
         model = self._load_model()
         model.use_tokenizer(tokenizer)
         self._add_adapters(model)
@@ -98,12 +105,12 @@ class Run:
                 Job(config, samples, model, config.seed_or(options.random_seed), held_out)
                 for config, (samples, held_out) in zip(self.config.lora, rows, strict=True)
             ]
-            self._train(model, jobs, written)
+            self._train(model, jobs, validation, library, written)
             failures += [_diverged(job) for job in jobs if job.diverged]
         if options.inference:
             answer_lines(model, self.config, options.use_cache)
         else:
-            failures += self._evaluate(model)
+            failures += self._evaluate(model, library)
             self._report()
         return failures
 
@@ -173,7 +180,14 @@ class Run:
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def _train(self, model: MultiAdapterModel, jobs: Sequence[Job], written: Sequence[Path]) -> None:
+    def _train(
+        self,
+        model: MultiAdapterModel,
+        jobs: Sequence[Job],
+        validation: Mapping[str, Sequence[Examination]],
+        library: Library,
+        written: Sequence[Path],
+    ) -> None:
         options = self.options
         if not options.resume:  # what an earlier training of these adapters has left would be taken for this one's
             for job in jobs:
@@ -182,7 +196,7 @@ class Run:
         self.folder.trackers = Trackers.opened(
             self._trackers, self.folder.path, self.folder.path.resolve().name, resolved(self.config)
         )
-        session = Session(model, jobs, self.config, self.folder, self._cutoff, self._making, self.deadline)
+        session = Session(model, jobs, self.config, self.folder, validation, library, self._making, self.deadline)
         if options.resume:
             session.resume()
         elif not options.load_adapter:
@@ -205,17 +219,35 @@ class Run:
         wanted = [e for job in self.config.lora for e in examinations(job)]
         return wanted + of_base(wanted) if self.options.evaluate_base else wanted
 
-    def _evaluate(self, model: MultiAdapterModel) -> list[str]:
+    def _evaluate(self, model: MultiAdapterModel, library: Library) -> list[str]:
         """Evaluate all adapters, show and write the results, and return what failed."""
         simultaneously = self.config.eval_lora_simultaneously_num
-        results, failures = assess(model, self._wanted(), self.folder, self._cutoff, simultaneously)
+        results, failures = assess(
+            model,
+            self._wanted(),
+            self.folder,
+            library,
+            simultaneously,
+            deadline=self.deadline,
+            keep=self.options.resume,
+        )
         for job in self.config.lora:
             card.add_results(self.folder.adapter(job.name), [r for r in results if r["adapter"] == job.name])
         if self.config.evaluate_result:
             write_json(Path(self.config.evaluate_result), results)
         none = "nothing was evaluated: instruction data has no benchmark"
         print(results_table(results) if results else none, flush=True)
+        if self.config.sweep and results:
+            self._rank(results)
         return failures
+
+    def _rank(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Show and write which values of the swept keys do best."""
+        keys, places = swept(self.config)
+        text = ranking_table(results, places, keys)
+        log.info("%s", text)
+        print(f"\n{text}", flush=True)
+        write_json(self.folder.ranking, ranking(results, places, keys))
 
     def _report(self) -> None:
         """Write the report; the run is done and saved, so nothing that goes wrong here may fail it."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from mlora.config import ConfigError, Problem, RunConfig
-from mlora.evaluation import Result, evaluate
+from mlora.evaluation import Examination, Library, Result, examine
 from mlora.model import card, files
 from mlora.model.multi import MultiAdapterModel
 from mlora.report.progress import Progress
-from mlora.runs.assess import examinations
 from mlora.runs.folder import RunFolder
 from mlora.training.checkpoint import BEST, Checkpoints
 from mlora.training.job import Job
@@ -28,7 +27,8 @@ class Session:
         jobs: all of the run, in the order of the config.
         config: of the run.
         folder: that everything is written to.
-        cutoff_len: tokens of an evaluation prompt and its longest choice.
+        validation: what each job is scored on while it trains.
+        library: that has the questions.
         making: how an adapter came to be, by name, for its card.
         deadline: end of the time limit.
     """
@@ -39,12 +39,13 @@ class Session:
         jobs: Sequence[Job],
         config: RunConfig,
         folder: RunFolder,
-        cutoff_len: int,
+        validation: Mapping[str, Sequence[Examination]],
+        library: Library,
         making: Callable[[str], card.Making],
         deadline: Deadline,
     ) -> None:
         self.model, self.jobs, self.config, self.folder = model, jobs, config, folder
-        self.cutoff_len, self.making, self.deadline = cutoff_len, making, deadline
+        self.validation, self.library, self.making, self.deadline = validation, library, making, deadline
         self.checkpoints = Checkpoints(folder.checkpoints, jobs, model, config.keep_last)
 
     def forget_metrics(self) -> None:
@@ -89,7 +90,7 @@ class Session:
                     self.folder.log_step(job.name, job.step, job.measured)
                     progress.step(job.name, job.step, job.measured)
                     if job.routing is not None:
-                        self.folder.log_routing(job.name, job.step, job.config.task_name, job.routing)
+                        self.folder.log_routing(job.name, job.step, job.config, job.routing)
                 with suppress(Stopped):
                     self._settle(stop)
                 due = any(job.done or job.step - saved[job.name] >= self.config.save_step for job in stepped)
@@ -127,11 +128,10 @@ class Session:
             job.to_examine = False
 
     def _examine(self, job: Job) -> tuple[float | None, list[Result]]:
-        """Return the held-out loss where rows are held out, and scores on the tasks where they are asked for."""
+        """Return the held-out loss where rows are held out, and scores on validation rows where they are asked for."""
         loss = None if job.held_out is None else job.held_out.loss(self.model)
-        if job.done or not job.config.evaluate_steps:
-            return loss, []
-        return loss, list(evaluate(self.model, examinations(job.config), self.cutoff_len))
+        outcomes = examine(self.model, self.validation[job.name], self.library)
+        return loss, [result for outcome in outcomes for result in outcome.results]
 
     def _finish(self, job: Job) -> None:
         """Save an adapter at its end, in its best state where rows were held out."""

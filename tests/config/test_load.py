@@ -32,6 +32,7 @@ MIXLORA: dict[str, Any] = {**LORA, "name": "b", "routing_strategy": "mixlora"}
 
 # Values for keys whose type does not suggest one.
 OTHERS: dict[str, Any] = {
+    "sweep": ["lr"],
     "act_fn": "gelu",
     "cutoff_len": -1,
     "data": "yahma/alpaca-cleaned",
@@ -104,7 +105,8 @@ DOCUMENTED = """name protocol task_name data prompt optim scheduler_type warmup_
     weight_decay max_grad_norm loraplus_lr_ratio batch_size micro_batch_size evaluate_batch_size num_epochs
     evaluate_steps group_by_length train_on_inputs eval_data val_set_size limit seed sparse_step""".split()
 DOCUMENTED_FOR_RUN = """cutoff_len save_step keep_last train_lora_candidate_num train_lora_simultaneously_num
-    train_strategy inference_lora_simultaneously_num eval_lora_simultaneously_num evaluate_result lora""".split()
+    train_strategy inference_lora_simultaneously_num eval_lora_simultaneously_num evaluate_result
+    sweep lora""".split()
 
 
 def test_documented_keys_are_there() -> None:
