@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from mlora import Batch, MixLoraModelForCausalLM, MultiAdapterModel
 from mlora.adapters import METHODS
 from mlora.config import JobConfig, RunOptions
-from mlora.data import Sample
+from mlora.data import EncodedQuestion, Sample
+from mlora.evaluation import Request, predict
 from mlora.export import export
 from mlora.model import card, files
 from mlora.model.batch import Row
@@ -103,6 +104,25 @@ def test_laws(variant: str, family: str, tmp_path: Path) -> None:
     assert torch.equal(model.class_logits(padded)["x"], logits)
 
 
+@pytest.mark.parametrize("batch_size", [1, 5, 32])
+def test_predictions_are_those_of_one_row_at_a_time(batch_size: int) -> None:
+    model = pair("llama")
+    model.add_adapter("y", VARIANTS["mixlora"], num_labels=LABELS)
+    awaken(model)
+    model.train()  # scoring must not drop out whatever the mode
+    ids, mask = rows(7)
+    prompts = [tuple(tokens[real].tolist()) for tokens, real in zip(ids, mask.bool(), strict=True)]
+    requests = [Request(name, EncodedQuestion(p, (), (), (), 0)) for p in prompts for name in ("y", "x")]
+    found = list(predict(model, requests, "classification", batch_size))
+    for request, prediction in zip(requests, found, strict=True):
+        model.scope.default = request.adapter
+        alone = model.hf_model.base_model(torch.tensor([request.question.prompt_ids]), use_cache=False)
+        head = next(t for n, t in model.adapter_tensors(request.adapter).items() if n.endswith("score.weight"))
+        expected = (head @ alone.last_hidden_state[0, -1]).tolist()
+        assert prediction.scores == pytest.approx(expected, abs=1e-5)
+        assert prediction.answer("f1") == expected.index(max(expected))
+
+
 def test_rows_of_a_head_do_not_reach_the_output_layer() -> None:
     model = pair("llama")
     seen = []
@@ -112,30 +132,26 @@ def test_rows_of_a_head_do_not_reach_the_output_layer() -> None:
     assert not model.hf_model.base_model._forward_hooks
 
 
-@pytest.mark.parametrize(("batch_size", "micro_batch_size"), [(6, 6), (6, 2), (6, 1)])
-def test_micro_batches_change_nothing(batch_size: int, micro_batch_size: int) -> None:
-    model = multi()
-    model.add_adapter("x", METHODS["lora"](r=4, lora_dropout=0.1), num_labels=LABELS)
+def test_micro_batches_change_nothing() -> None:
+    ids, mask = rows(9)
     samples = [
         Sample(tuple(tokens[real].tolist()), (-100,) * int(real.sum()), "t", class_id=i % LABELS)
-        for i, (tokens, real) in enumerate(
-            zip(*[t if j == 0 else t.bool() for j, t in enumerate(rows(9))], strict=True)
-        )
+        for i, (tokens, real) in enumerate(zip(ids, mask.bool(), strict=True))
     ]
-    config = JobConfig(
-        name="x", method=model.adapters["x"], batch_size=6, micro_batch_size=micro_batch_size, lr=1e-2, num_epochs=2
-    )
-    job, seen = Job(config, samples, model, seed=1), []
-    train(model, [job], None, lambda stepped: bool(seen.extend(job.measured["loss"] for job in stepped)))
-    assert len(seen) == 4  # the last step of an epoch has 3 rows
-    whole = _REFERENCE.setdefault("losses", seen)
-    assert seen == pytest.approx(whole, rel=1e-5)
-    tensors = _REFERENCE.setdefault("tensors", {n: t.clone() for n, t in model.adapter_tensors("x").items()})
-    for name, tensor in model.adapter_tensors("x").items():
-        assert torch.allclose(tensor, tensors[name], atol=1e-5), name
-
-
-_REFERENCE: dict = {}
+    ends = []
+    for micro_batch_size in (6, 2, 1):
+        model = multi()
+        model.add_adapter("x", METHODS["lora"](r=4, lora_dropout=0.1), num_labels=LABELS)
+        sizes = {"batch_size": 6, "micro_batch_size": micro_batch_size}
+        config = JobConfig(name="x", method=model.adapters["x"], lr=1e-2, num_epochs=2, **sizes)
+        job, losses = Job(config, samples, model, seed=1), []
+        first = model(Batch.pack(job.rows_of(0)))["x"].loss.item()
+        train(model, [job], None, lambda stepped, losses=losses: losses.extend(j.measured["loss"] for j in stepped))
+        assert len(losses) == 4 and losses[0] == pytest.approx(first, rel=1e-5)  # the last step of an epoch has 3 rows
+        ends.append((losses, model.adapter_tensors("x")))
+    for losses, tensors in ends[1:]:
+        assert losses == pytest.approx(ends[0][0], rel=1e-5)
+        assert all(torch.allclose(t, ends[0][1][name], atol=1e-5) for name, t in tensors.items())
 
 
 def test_the_head_starts_as_transformers_heads_do() -> None:
