@@ -5,7 +5,7 @@ from mlora.data.errors import DataError, UnreachableError
 from mlora.data.order import epoch_order
 from mlora.data.prompts import PromptTemplate, find_prompt
 from mlora.data.sources import Split, split_paths
-from mlora.data.tokenize import NO_LABEL, EncodedQuestion, Sample, encode_choices, encode_question
+from mlora.data.tokenize import NO_LABEL, EncodedQuestion, Sample, encode, encode_choices, encode_question
 
 __all__ = [
     "NO_LABEL",
@@ -17,6 +17,7 @@ __all__ = [
     "Samples",
     "Split",
     "UnreachableError",
+    "encode",
     "encode_choices",
     "encode_question",
     "epoch_order",
