@@ -23,9 +23,10 @@ MAY_IMPORT = {
     "evaluation": {"model", "data", "tasks"},
     "export": {"model", "config", "adapters", "ops"},
     "generation": {"model", "data", "config"},
+    "serving": {"generation", "model", "data"},
     "training": {"model", "data", "config", "adapters"},
     "runs": {"training", "evaluation", "report", "tracking", "model", "data", "tasks", "config", "adapters"},
-    "cli": {"generation", "runs", "export", "config", "tasks", "adapters", "report", "data"},
+    "cli": {"generation", "serving", "runs", "export", "config", "tasks", "adapters", "report", "data"},
     "__init__": set(),
 }
 """Rooms that the files of a room may import, besides their own."""

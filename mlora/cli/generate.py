@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -67,6 +68,8 @@ def model_options(flags: dict[str, Any]) -> Any:
     half, eight, four = (flags.pop(f"load_{bits}bit") for bits in (16, 8, 4))
     if eight and four:
         raise click.UsageError("--load_8bit cannot be combined with --load_4bit")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     from mlora.generation.opened import ModelOptions
 
     own = {name: flags.pop(name) for name in list(flags) if name in ModelOptions.__dataclass_fields__}

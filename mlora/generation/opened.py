@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 
 from mlora.config.names import name_problem
 from mlora.model import files, load
@@ -53,8 +51,6 @@ def open_model(options: ModelOptions) -> tuple[MultiAdapterModel, dict[str, Path
     folders = name_folders(options.lora_weights)
     for folder in folders.values():
         files.base_model(folder)  # a folder that is no adapter's is found before the base model's gigabytes
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = MultiAdapterModel.from_pretrained(
         options.base_model,

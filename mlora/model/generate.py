@@ -141,7 +141,7 @@ def complete(
     adapters: Sequence[str | None],
     max_new_tokens: int,
     *,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     stop: Sequence[str] = (),
     on_piece: Callable[[Piece], None] | None = None,
     cancelled: Callable[[], bool] = lambda: False,
@@ -154,7 +154,8 @@ def complete(
         prompts: texts, or token ids where the special tokens are in place.
         adapters: name for each prompt; None for the plain base model.
         max_new_tokens: at most this many tokens are added, fewer where the model's longest sequence ends before.
-        seed: of drawing tokens: equal prompts draw alike with every adapter. None draws one for each row from torch's.
+        seed: of drawing tokens, one for all prompts, so that equal ones draw alike with every adapter, or one for each;
+            None takes one for each from torch's generator.
         stop: texts that end an answer; they are not part of it.
         on_piece: is told every token as it comes; with beams, all of them in the end.
         cancelled: asked after every token; stops all rows once it says so.
@@ -171,7 +172,8 @@ def complete(
     tokens = [_encode(model.tokenizer, prompt) for prompt in prompts]
     ends = _ends(model, generation)
     limits = _limits(model, tokens, max_new_tokens)
-    seeds = torch.randint(2**31, (len(prompts),)).tolist() if seed is None else [seed] * len(prompts)
+    seeds = torch.randint(2**31, (len(prompts),)).tolist() if seed is None else seed
+    seeds = [seeds] * len(prompts) if isinstance(seeds, int) else seeds
     rows = [
         _Row(number, ids, adapter, limit, own, model.tokenizer, ends, tuple(stop), on_piece or (lambda piece: None))
         for number, (ids, adapter, limit, own) in enumerate(zip(tokens, adapters, limits, seeds, strict=True))

@@ -1,0 +1,1 @@
+"""Answers served on this machine: a web page and an OpenAI-compatible endpoint."""

@@ -1,0 +1,110 @@
+"""The endpoint, as the public `openai` client sees it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from mlora.generation.form import find_form
+from mlora.generation.opened import ModelOptions, open_model
+from mlora.model.generate import complete
+
+openai = pytest.importorskip("openai")
+
+
+@pytest.fixture(scope="module")
+def client(server: str):
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def model(options: ModelOptions):
+    return open_model(ModelOptions(options.base_model, options.lora_weights[:2], device="cpu"))[0]
+
+
+ASKED = {"temperature": 0, "max_tokens": 8}
+
+
+def test_models_are_the_base_and_the_loaded_adapters(client, base_name: str) -> None:
+    assert [m.id for m in client.models.list()] == [base_name, "plain", "mixture"]
+    assert client.models.retrieve("plain").id == "plain" and client.models.retrieve(base_name).id == base_name
+
+
+def test_answers_are_those_of_the_library(client, model, base_name: str) -> None:
+    prompt = find_form("mlora", model.tokenizer).encode("Hi")
+    for name, adapter in ((base_name, None), ("plain", "plain"), ("mixture", "mixture")):
+        expected = complete(model, [prompt], [adapter], 8)[0]
+        said = client.chat.completions.create(model=name, messages=[{"role": "user", "content": "Hi"}], **ASKED)
+        assert said.choices[0].message.content == expected.text and said.choices[0].finish_reason == expected.finish
+        assert (said.usage.prompt_tokens, said.usage.completion_tokens) == (len(prompt), len(expected.token_ids))
+        text = client.completions.create(model=name, prompt=["one", "two"], **ASKED)
+        plain = complete(model, ["one", "two"], [adapter] * 2, 8)
+        assert [c.text for c in text.choices] == [c.text for c in plain]
+        assert client.completions.create(model=name, prompt=prompt, **ASKED).choices[0].text == expected.text
+
+
+@pytest.mark.parametrize("settings", [ASKED, {"temperature": 1.2, "seed": 3, "n": 3, "max_tokens": 12, "top_p": 0.9}])
+def test_a_stream_says_what_the_whole_says(client, settings: dict) -> None:
+    asked = {"model": "plain", "messages": [{"role": "user", "content": "Hi"}]} | settings
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    for choice in whole.choices:
+        own = [c.choices[0] for c in chunks if c.choices and c.choices[0].index == choice.index]
+        assert "".join(c.delta.content or "" for c in own) == choice.message.content
+        assert own[0].delta.role == "assistant" and own[-1].finish_reason == choice.finish_reason
+    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+    assert len({c.message.content for c in whole.choices}) == len(whole.choices)
+    text = client.completions.create(model="plain", prompt="one", stream=True, **ASKED)
+    assert "".join(c.choices[0].text for c in text) == client.completions.create(
+        model="plain", prompt="one", **ASKED
+    ).choices[0].text  # fmt: skip
+
+
+def test_stop_and_length(client) -> None:
+    free = client.completions.create(model="plain", prompt="one", **ASKED).choices[0]
+    assert free.finish_reason == "length"
+    ended = client.completions.create(model="plain", prompt="one", stop=[free.text[2]], **ASKED).choices[0]
+    assert ended.finish_reason == "stop" and ended.text == free.text[: free.text.index(free.text[2])]
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "message"),
+    [
+        ({"model": "nobody"}, 404, "model 'nobody' does not exist"),
+        ({"model": "broken"}, 404, "does not exist"),
+        ({"temperature": 3}, 400, "temperature"),
+        ({"max_tokens": 0}, 400, "max_new_tokens: 0 is not allowed"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 3000}]}, 400, "at most 2048"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400, "text"),
+        ({"logprobs": True}, 400, "logprobs: is not supported"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_are_openais(client, settings: dict, status: int, message: str, stream: bool) -> None:
+    asked = {"model": "plain", "messages": [{"role": "user", "content": "Hi"}]} | settings
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.chat.completions.create(**asked, stream=stream)
+    assert caught.value.status_code == status and message in caught.value.body["message"]
+    assert caught.value.body["type"] == "invalid_request_error"
+
+
+def test_a_client_that_leaves_gives_the_model_back(client) -> None:
+    stream = client.completions.create(
+        model="plain", prompt="one", max_tokens=2000, temperature=1, stream=True, extra_body={"seed": 1}
+    )
+    next(iter(stream))
+    stream.close()
+    started = time.monotonic()
+    client.completions.create(model="plain", prompt="one", max_tokens=1)
+    assert time.monotonic() - started < 4
+
+
+def test_neutral_fields_are_taken(client) -> None:
+    client.chat.completions.create(
+        model="plain", messages=[{"role": "developer", "content": "Be short."}, {"role": "user", "content": "Hi"}],
+        logprobs=False, presence_penalty=0, user="me", max_completion_tokens=2, response_format={"type": "text"},
+    )  # fmt: skip
