@@ -121,8 +121,8 @@ class _Page:
             top_k = gr.Slider(0, 200, 0, step=1, label="Top k", info="0 keeps every token")
             penalty = gr.Slider(1, 2, 1.1, step=0.01, label="Repetition penalty")
             length = gr.Slider(1, 2048, 256, step=1, label="Longest answer in tokens", elem_id="length")
-            seed = gr.Number(
-                None, label="Seed", info="empty draws anew; all columns draw alike", precision=0, minimum=0
+            seed = gr.Textbox(
+                label="Seed", info="a number; all columns draw alike", placeholder="a new one each time", elem_id="seed"
             )
         return [form, temperature, top_p, top_k, penalty, length, seed]
 

@@ -33,7 +33,9 @@ class Page:
         return self.browser.find_elements("css selector", selector)
 
     def text(self, selector: str) -> str:
-        return "\n".join(element.text for element in self.all(selector))
+        # in one go: what grows is drawn again and again
+        script = "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText).join('\\n')"
+        return self.browser.execute_script(script, selector)
 
     def wait(self, happened: Callable[[], Any], seconds: float = 30) -> Any:
         deadline = time.monotonic() + seconds
@@ -61,10 +63,8 @@ class Page:
         return self.all("#send")[0].is_enabled() and not self.all(".answer .going")
 
     def answers(self) -> dict[str, str]:
-        return {
-            card.get_attribute("data-who"): card.find_element("css selector", ".text").text
-            for card in self.all(".answer")
-        }
+        script = "return [...document.querySelectorAll('.answer')].map(a => [a.dataset.who, a.children[1].innerText])"
+        return dict(self.browser.execute_script(script))
 
 
 @pytest.fixture
