@@ -10,6 +10,7 @@ import torch
 
 from mlora.config.names import name_problem
 from mlora.model import files, load
+from mlora.model.errors import ModelError
 from mlora.model.integration import find_adapter
 from mlora.model.multi import MultiAdapterModel
 
@@ -61,9 +62,21 @@ def open_model(options: ModelOptions) -> tuple[MultiAdapterModel, dict[str, Path
         trust_remote_code=options.trust_remote_code,
     )
     for name, folder in folders.items():
-        # the user has named these folders, so the predecessors' .bin may be read: tensors only
-        model.load_adapter(folder, name, allow_pickle=True)
+        load_answerer(model, name, folder)
     return model, folders
+
+
+def load_answerer(model: MultiAdapterModel, name: str, folder: Path) -> None:
+    """Load an adapter that is to write text.
+
+    Raises:
+        ModelError: it cannot be loaded, or classifies.
+    """
+    # the user has named this folder, so the predecessors' .bin may be read: tensors only
+    model.load_adapter(folder, name, allow_pickle=True)
+    if model.num_labels(name) is not None:
+        model.remove_adapter(name)
+        raise ModelError(f"{folder}: has a classification head: it names classes and generates no text")
 
 
 def name_folders(given: Sequence[str]) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mlora.generation.form import Form, find_form
-from mlora.generation.opened import ModelOptions, name_folders, open_model
+from mlora.generation.opened import ModelOptions, load_answerer, name_folders, open_model
 from mlora.generation.sampling import Sampling
 from mlora.model import files
 from mlora.model.batch import Batch
@@ -82,7 +82,7 @@ class Engine:
         if name not in offered:
             raise ModelError(f"adapter {name!r} is not offered; offered: {', '.join(offered) or 'none'}")
         with self._held():
-            self.model.load_adapter(offered[name], name, allow_pickle=True)
+            load_answerer(self.model, name, offered[name])
 
     def unload(self, name: str) -> None:
         """Forget a loaded adapter."""

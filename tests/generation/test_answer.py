@@ -142,3 +142,11 @@ def test_folders_of_one_name_are_told_apart(folders: list[str], tmp_path: Path) 
     (tmp_path / "bad name").mkdir()
     given = [str(tmp_path / "x" / "lora"), str(tmp_path / "y" / "lora"), str(tmp_path / "bad name")]
     assert list(name_folders(given)) == ["lora", "lora-2", "adapter"]
+
+
+def test_an_adapter_that_classifies_is_refused(base: Path, tmp_path: Path) -> None:
+    model = MultiAdapterModel.from_pretrained(str(base))
+    model.add_adapter("c", {"r": 2}, num_labels=2)
+    model.save_adapter("c", tmp_path / "c")
+    done = ask(base, "--instruction", "x", "--lora_weights", str(tmp_path / "c"), status=2)
+    assert "has a classification head" in done.stderr
