@@ -1,11 +1,13 @@
-"""What `launch.py run` starts: a run, its log, and its exit status."""
+"""What the commands that need the model have in common: their log, and their exit status."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from mlora.config import ConfigError, Problem, RunOptions
 from mlora.data import DataError
@@ -21,12 +23,41 @@ FAILED = (RunError, CheckpointError)
 log = logging.getLogger("mlora")
 
 
+class Told(Protocol):
+    """Where a command writes, and whether it shows tracebacks."""
+
+    @property
+    def dir(self) -> str:
+        """Folder of what it writes."""
+
+    @property
+    def log_file(self) -> str:
+        """Where its log goes."""
+
+    @property
+    def debug(self) -> bool:
+        """Whether tracebacks are shown."""
+
+
 def main(options: RunOptions) -> int:
-    """Run, and return the exit status: 0 done or out of time, 1 failed, 2 bad input, 130 interrupted."""
+    """Run a config, and return the exit status; see `finish`."""
+    return finish(lambda: Run(options).run(), options)
+
+
+def finish(work: Callable[[], None], options: Told) -> int:
+    """Do the work of a command, and return the exit status.
+
+    Args:
+        work: raises what has gone wrong.
+        options: of the command.
+
+    Returns:
+        0 done or out of time, 1 failed, 2 bad input, 130 interrupted.
+    """
     try:
         logs = _log_to(options)
         with interruptible():
-            Run(options).run()
+            work()
         return 0
     except BAD_INPUT as error:
         return _fail(error, 2, options)
@@ -42,7 +73,7 @@ def main(options: RunOptions) -> int:
         return _fail(error, 1, options, f"; the traceback is in {logs}")
 
 
-def _fail(error: Exception, status: int, options: RunOptions, hint: str = "") -> int:
+def _fail(error: Exception, status: int, options: Told, hint: str = "") -> int:
     log.debug("failed", exc_info=error)
     if options.debug:
         traceback.print_exception(error)
@@ -51,7 +82,7 @@ def _fail(error: Exception, status: int, options: RunOptions, hint: str = "") ->
     return status
 
 
-def _log_to(options: RunOptions) -> Path:
+def _log_to(options: Told) -> Path:
     """Write everything to the log file, warnings to standard error."""
     path = Path(options.log_file)
     if options.dir != "." and options.log_file == RunOptions(base_model="").log_file:
