@@ -8,6 +8,8 @@ SHAPE ?= tiny
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The public package whose adapters are exported, apart: its tests alone import it, in a process of its own.
+PUBLIC := $(VENV)/public
 # Tests run in parallel processes; more threads in each only contend.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
@@ -28,8 +30,12 @@ demo: setup
 test: setup
 	$(TEST) -m "not slow"
 
-test-all: setup
+test-all: setup $(PUBLIC)
 	$(TEST)
+
+$(PUBLIC): constraints.txt | setup
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ mixlora -c constraints.txt
+	touch $@
 
 check: setup
 	$(BIN)/ruff format --check

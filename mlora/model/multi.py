@@ -262,6 +262,32 @@ class MultiAdapterModel(nn.Module):
         """Forget an adapter; its memory returns once nothing else refers to its tensors."""
         self.adapter_module(name)
         del self._adapters[name], self.adapter_modules[_module_name(name)]
+        if self.scope.default == name:
+            self.scope.default = None
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name; its tensors, their gradients and its place in an optimizer stay.
+
+        Dropout and jitter are keyed by name: renamed in the middle of a training, an adapter goes on with other masks,
+        as good as the ones it would have had. What it computes outside training is the same.
+
+        Raises:
+            ModelError: there is no `old`, or `new` is taken.
+            ConfigError: `new` cannot be a name.
+        """
+        from mlora.config import check_name
+
+        adapter = self.adapter_module(old)
+        check_name(new)
+        if new in self._adapters:
+            raise ModelError(f"adapter {new!r} exists already; remove it or choose another name")
+        default = self.scope.default
+        self.remove_adapter(old)
+        adapter.name = new
+        self.adapter_modules[_module_name(new)] = adapter
+        self._adapters[new] = adapter
+        if default == old:
+            self.scope.default = new
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """Return an adapter's tensors, named and shaped as in its saved file."""

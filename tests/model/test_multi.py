@@ -6,6 +6,7 @@ import gc
 import json
 import pickle
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,53 @@ def test_generation_in_company_is_generation_alone(family: str, tmp_path: Path) 
     assert model.generate([], [], max_new_tokens=3) == []
 
 
+def test_renamed_at_run_time() -> None:
+    model = multi()
+    for name in ("a", "b"):
+        model.add_adapter(name, {"r": 4, "lora_dropout": 0.5})
+    awaken(model)
+    ids, mask = rows(2)
+    before = model.logits(ids, mask, ["a", "b"])
+    model(Batch.from_rows(ids, mask, None, ["a", "b"]))["a"].loss.backward()
+    parameters, gradients = [p for _, p in model.adapter_parameters("a")], model.adapter_gradients("a")
+    model.rename_adapter("a", "c.2")
+    assert list(model.adapters) == ["b", "c.2"]
+    assert all(own is was for (_, own), was in zip(model.adapter_parameters("c.2"), parameters, strict=True))
+    assert all(torch.equal(g, gradients[name]) for name, g in model.adapter_gradients("c.2").items())
+    assert torch.equal(model.logits(ids, mask, ["c.2", "b"]), before)
+    assert {id(p) for p in parameters} <= {id(p) for p in model.parameters()}
+    with pytest.raises(ModelError, match="'a' is not loaded; loaded: b, c.2"):
+        model.logits(ids, mask, ["a", "b"])
+    for old, new, error in (("a", "d", ModelError), ("b", "c.2", ModelError), ("b", "../d", ConfigError)):
+        with pytest.raises(error):
+            model.rename_adapter(old, new)
+    assert list(model.adapters) == ["b", "c.2"]
+    model.add_adapter("a", {"r": 2})  # the name is free again
+
+
+def test_a_hundred_adapters_in_one_batch(tmp_path: Path) -> None:
+    model = multi()
+    methods = [{"r": 1 + i % 3} for i in range(97)] + [{"r": 2, "routing_strategy": "mixlora", "num_experts": 3}] * 3
+    for i, method in enumerate(methods):
+        model.add_adapter(f"a{i}", method)
+    awaken(model)
+    for name in list(model.adapters):
+        model.save_adapter(name, tmp_path / name)
+        model.remove_adapter(name)
+    for i in range(100):
+        model.load_adapter(tmp_path / f"a{i}")
+    ids, mask = rows(100)
+    owners = [f"a{i}" for i in range(100)]
+    together = model.logits(ids, mask, owners)
+    losses = model(Batch.from_rows(ids, mask, None, owners))
+    assert list(losses) == owners
+    for i in (0, 1, 50, 98, 99):
+        alone = model.logits(ids[i : i + 1], mask[i : i + 1], [owners[i]])[0]
+        assert (alone - together[i])[mask[i].bool()].abs().max() < 1e-5
+    distinct = model.logits(ids[:1].expand(100, -1), mask[:1].expand(100, -1), owners)[:, 0]
+    assert len(distinct.unique(dim=0)) == 100
+
+
 def test_memory_returns_when_an_adapter_is_removed() -> None:
     model = multi()
 
@@ -85,9 +133,15 @@ def test_memory_returns_when_an_adapter_is_removed() -> None:
     for i in range(100):
         model.add_adapter(f"a{i}", {"r": 2})
     assert tensors() > before
+    ids, mask = rows(4)
+    owners = ["a0", "a1", "a2", None]
+    torch.stack([o.loss for o in model(Batch.from_rows(ids, mask, None, owners)).values()]).sum().backward()
+    memory = [weakref.ref(p) for _, p in model.adapter_parameters("a0")]
+    model.scope.default = "a0"
     for i in range(100):
         model.remove_adapter(f"a{i}")
-    assert tensors() == before
+    assert tensors() == before and all(p() is None for p in memory)
+    model.hf_model(ids)  # nobody's default any more
 
 
 @pytest.mark.parametrize("family", FAMILIES)
