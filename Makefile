@@ -13,7 +13,7 @@ PUBLIC := $(VENV)/public
 # Tests run in parallel processes; more threads in each only contend.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup demo test test-all check format bench
+.PHONY: setup demo test test-all check format bench docs
 
 setup: $(INSTALLED)
 
@@ -48,3 +48,6 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.step $(SHAPE)
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file docs/mkdocs.yml

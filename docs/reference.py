@@ -27,6 +27,12 @@ python launch.py schema > mlora.schema.json
 A key that does not exist is an error that names the nearest one that does. All errors of a file are told at once.
 `launch.py run` writes the file with every default filled in to `config.json` in the run folder.
 """
+METHODS_START = """\
+## Methods
+
+`routing_strategy` names the method; without it an entry is plain LoRA. `peft_type` is a synonym of older files. Keys of
+the method stand beside those above. [Methods](methods.md) has the mathematics.
+"""
 
 
 def page() -> str:
@@ -35,11 +41,10 @@ def page() -> str:
     run, entries = run_schema(), {name: entry_schema(cls) for name, cls in METHODS.items()}
     parts.append("## The run\n\nKeys at the top of the file.\n\n" + table(run, list(RunConfig.model_fields)))
     keys = [key for key in job_keys() if key in JobConfig.model_fields]
-    parts.append("## An adapter\n\nKeys of each entry of `lora`, whatever its method.\n\n" + table(entries["lora"], keys))
     parts.append(
-        "## Methods\n\n`routing_strategy` names the method; without it an entry is plain LoRA. `peft_type` is a synonym "
-        "of older files. Keys of the method stand beside those above. [Methods](methods.md) has the mathematics.\n"
+        "## An adapter\n\nKeys of each entry of `lora`, whatever its method.\n\n" + table(entries["lora"], keys)
     )
+    parts.append(METHODS_START)
     for name, cls in METHODS.items():
         text = " ".join((cls.__doc__ or "").split())
         parts.append(f"### {name}\n\n{text}\n\n" + table(entries[name], list(cls.model_fields)))
@@ -78,8 +83,8 @@ def value(spec: dict[str, Any]) -> str:
     kind = spec.get("type")
     if kind == "array":
         return f"list of {value(spec['items'])}" if spec.get("items") else "list"
-    names = {"integer": "integer", "number": "number", "boolean": "`true`, `false`", "string": "text", "object": "object"}
-    return names.get(str(kind), "any") + bounds(spec)
+    names = {"boolean": "`true`, `false`", "string": "text", None: "any"}
+    return names.get(kind, str(kind)) + bounds(spec)
 
 
 def bounds(spec: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ TABLE = (
     "opt", "persimmon", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "recurrent_gemma", "rwkv", "seed_oss",
     "vaultgemma", "xglm",
 )  # fmt: skip
-"""Families that `docs/families.md` lists."""
+"""Families that `docs/pages/families.md` lists."""
 VOCABULARY = 160
 NO_HEAD_DIM = {"falcon", "gpt_neox", "phi", "stablelm", "starcoder2"}
 DROPOUTS = (

@@ -1,4 +1,4 @@
-"""`docs/families.md` says of every family what is observed here, tiny and random.
+"""`docs/pages/families.md` says of every family what is observed here, tiny and random.
 
 `python -m tests.test_families` writes the table of the document again.
 """
@@ -16,7 +16,7 @@ from mlora.model.errors import ModelError
 from mlora.model.multi import MultiAdapterModel
 from tests.families import TABLE, awaken, multi, rows
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "families.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "pages" / "families.md"
 COLUMNS = {
     "attention": {"r": 2, "target_modules": "attention"},
     "all-linear": {"r": 2},
