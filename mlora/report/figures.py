@@ -61,7 +61,7 @@ def result_charts(tables: Sequence[Standings], styles: Styles) -> list[DotChart]
                     tip += " %" if error is None else f" ± {error:.1f} %"
                     dots.append(Dot(styles.of_row(row), 100 * score.value, error, tip))
             groups.append((task, dots))
-        note = "Bars reach one standard error to each side."
+        note = "Bars reach one standard error to each side" + (", of seeds one deviation." if table.seeded else ".")
         charts.append(DotChart(f"{table.metric}, {table.protocol}", f"{table.metric} (%)", groups, note))
     return charts
 

@@ -6,13 +6,14 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
 from typing import Any
 
 from mlora.report.record import BASE, Record
 
-_OF_TASK = ("name", "task_name", "data", "eval_data", "limit")
-"""Keys in which adapters differ that are one row of a table: what they learn, not how."""
+_NOT_HOW = ("name", "task_name", "data", "eval_data", "limit", "seed")
+"""Keys in which adapters differ that are one row of a table: what they learn and by which seed, not how."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,10 @@ class Score:
     """A value between 0 and 1 with its standard error.
 
     Attributes:
-        value, error, n: the mean, its standard error, and over how many rows.
+        value, error, n: the mean, its standard error, and over how many rows; of several seeds, their mean and sample
+            standard deviation.
         limited: whether only the first rows of the split were read.
+        at_chance: whether it is no better than chance by two standard errors.
         best: whether no other row of the table is better.
     """
 
@@ -29,12 +32,13 @@ class Score:
     error: float | None
     n: int | None
     limited: bool
+    at_chance: bool = False
     best: bool = False
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """A row: one adapter, or adapters that differ only in their tasks.
+    """A row: one adapter, or adapters that differ only in their tasks and seeds.
 
     Attributes:
         run: name of the run.
@@ -42,6 +46,7 @@ class Competitor:
         detail: its method and size.
         adapters: which results are its own.
         parameters: trained numbers of one adapter; None where none is saved.
+        seeds: of how many there are results.
     """
 
     run: str
@@ -49,6 +54,7 @@ class Competitor:
     detail: str
     adapters: tuple[str, ...]
     parameters: int | None
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,16 @@ class Standings:
     def several(self) -> bool:
         """Whether there is an average to show."""
         return len(self.tasks) > 1 and any(average is not None for _, _, average in self.rows)
+
+    @property
+    def seeded(self) -> bool:
+        """Whether a row is of several seeds."""
+        return any(row.seeds > 1 for row, _, _ in self.rows)
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether a score is no better than chance."""
+        return any(score and score.at_chance for _, scores, _ in self.rows for score in scores)
 
     @property
     def sized(self) -> bool:
@@ -97,13 +113,15 @@ def standings(records: Sequence[Record]) -> list[Standings]:
 
 
 def competitors(record: Record) -> list[Competitor]:
-    """Return the rows of a run: the base model, then adapters, those that differ only in their task as one."""
+    """Return the rows of a run: the base model, then adapters, those that differ only in task and seed as one."""
     scored = {result["adapter"] for result in record.results}
     found = [Competitor(record.name, BASE, "", (BASE,), None)] if BASE in scored else []
     for group in _groups(record):
         first = record.entries.get(group[0])
         label = group[0] if len(group) == 1 else _stem(group, record) or str(_method(first))
-        found.append(Competitor(record.name, label, describe(first), tuple(group), record.parameters(group[0])))
+        seeds = len({record.entries.get(name, {}).get("seed") for name in group})
+        detail = describe(first) + (f" · {seeds} seeds" if seeds > 1 else "")
+        found.append(Competitor(record.name, label, detail, tuple(group), record.parameters(group[0]), seeds))
     return found
 
 
@@ -126,14 +144,15 @@ def _method(entry: dict[str, Any] | None) -> Any:
 
 
 def _groups(record: Record) -> list[list[str]]:
-    """Return adapters in groups of equal settings, none of which has two scores for one task."""
-    groups: list[tuple[str, set[str], list[str]]] = []
+    """Return adapters in groups of equal settings, none of which has two scores for one task and seed."""
+    groups: list[tuple[str, set[tuple[str, Any]], list[str]]] = []
     for name in record.adapters:
         entry = record.entries.get(name)
-        tasks = {r["task"] for r in record.results if r["adapter"] == name}
+        seed = None if entry is None else entry.get("seed")
+        tasks = {(r["task"], seed) for r in record.results if r["adapter"] == name}
         if not tasks:
             continue
-        same = name if entry is None else json.dumps({k: v for k, v in entry.items() if k not in _OF_TASK})
+        same = name if entry is None else json.dumps({k: v for k, v in entry.items() if k not in _NOT_HOW})
         for key, seen, members in groups:
             if key == same and not seen & tasks:
                 seen |= tasks
@@ -161,11 +180,12 @@ def _protocol(result: dict[str, Any]) -> str:
 
 def _table(protocol: str, metric: str, rows: Sequence[tuple[Record, Competitor]]) -> Standings:
     def score(record: Record, competitor: Competitor, task: str) -> Score | None:
-        for r in reversed(record.results):
+        own = {}
+        for r in record.results:
             same = r["adapter"] in competitor.adapters and r["task"] == task
             if same and r["metric"] == metric and _protocol(r) == protocol:
-                return Score(r["value"], r.get("standard_error"), r.get("n"), bool(r.get("limit")))
-        return None
+                own[r["adapter"]] = r
+        return _score(list(own.values())) if own else None
 
     of_kind = [r for record, _ in rows for r in record.results if (_protocol(r), r["metric"]) == (protocol, metric)]
     tasks = list(dict.fromkeys(r["task"] for r in of_kind))
@@ -182,6 +202,17 @@ def _table(protocol: str, metric: str, rows: Sequence[tuple[Record, Competitor]]
     )
 
 
+def _score(results: Sequence[dict[str, Any]]) -> Score:
+    """Return the score of one adapter, or of several that differ in their seeds."""
+    value = fmean(r["value"] for r in results)
+    errors = [r["standard_error"] for r in results if r.get("standard_error") is not None]
+    error = fmean(errors) if errors else None
+    chance = results[0].get("chance")
+    at_chance = isinstance(chance, int | float) and value < chance + 2 * (error or 0)
+    spread = error if len(results) == 1 else stdev(r["value"] for r in results)
+    return Score(value, spread, results[0].get("n"), any(r.get("limit") for r in results), at_chance)
+
+
 def _average(scores: Sequence[Score | None]) -> Score | None:
     known = [score for score in scores if score is not None]
     if len(known) < len(scores):
@@ -196,7 +227,5 @@ def _with_best(column: Sequence[Score | None]) -> list[Score | None]:
     values = [score.value for score in column if score is not None]
     if len(values) < 2:
         return list(column)
-    return [
-        None if score is None else Score(score.value, score.error, score.n, score.limited, score.value == max(values))
-        for score in column
-    ]
+    best = max(values)
+    return [None if score is None else replace(score, best=score.value == best) for score in column]

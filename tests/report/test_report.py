@@ -144,6 +144,24 @@ def test_adapters_that_share_a_task_or_differ_in_settings_have_their_own_rows(tm
     assert [row.label for row, _, _ in table.rows] == ["a", "b", "c"]
 
 
+def test_seeds_are_one_row_with_their_spread(tmp_path: Path) -> None:
+    adapters = [adapter(f"a{seed}", seed=seed) for seed in (1, 2, 3)] + [adapter("b", seed=1, r=4)]
+    results = [result(f"a{seed}", "boolq", value) for seed, value in ((1, 0.5), (2, 0.6), (3, 0.7))]
+    folder = write_run(tmp_path / "run", adapters, [*results, result("b", "boolq", 0.52, chance=0.5)])
+    (table,) = standings([record.read(folder)])
+    (seeds, (mean,), _), (other, (low,), _) = table.rows
+    assert (seeds.adapters, seeds.detail, mean.value) == (
+        ("a1", "a2", "a3"),
+        "lora · r 8 · 3 seeds",
+        pytest.approx(0.6),
+    )
+    assert mean.error == pytest.approx(0.1) and mean.best and not mean.at_chance
+    assert other.label == "b" and low.error == 0.02 and low.at_chance
+    page = Page(report([folder]))
+    assert "of several seeds ± their standard deviation" in " ".join(page.all("caption"))
+    assert "~ No better than chance by two standard errors." in page.all("p")
+
+
 def test_rows_of_different_size_and_limited_ones_are_said(tmp_path: Path) -> None:
     results = [result("a", "boolq", 0.5, n=10, limit=10), result("b", "boolq", 0.6)]
     text = " ".join(Page(report([write_run(tmp_path / "run", [adapter("a"), adapter("b", r=4)], results)])).all("p"))
