@@ -26,7 +26,7 @@ from mlora.runs.program import main
 from mlora.training.job import Job
 from mlora.training.trainer import train
 from tests import tinybase
-from tests.families import awaken, multi, rows, tiny
+from tests.families import PADDED, awaken, multi, rows, tiny
 
 LABELS = 3
 CLASSES = [2, 0, 1, 1, 0, 2]
@@ -73,7 +73,8 @@ def assert_same(one: tuple, other: tuple, tolerance: float = 2e-5) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "family"), [(v, "llama") for v in VARIANTS] + [("lora", f) for f in ("gemma2", "phi", "gpt_neox")]
+    ("variant", "family"),
+    [(v, "llama") for v in VARIANTS] + [("lora", f) for f in ("gemma2", "phi", "gpt_neox", *PADDED)],
 )
 def test_laws(variant: str, family: str, tmp_path: Path) -> None:
     model = pair(family, variant)
