@@ -1,9 +1,9 @@
 """Every method at once on SST-2: eleven adapters with classification heads over SmolLM2-135M, on the CPU.
 
-    python -m benchmarks.methods [--data FOLDER] [--steps 40] [--rows 4] [--base_model smollm2]
+    python -m benchmarks.methods [--data FOLDER] [--distinct 12] [--epochs 4] [--rows 2] [--base_model smollm2]
 
 Trains them together, then times each alone, and prints a table: trainable parameters, mean loss of the first and the
-last five steps, and each method's share of the time that all need one after the other.
+last epoch, which are of the same rows, and each method's share of the time that all need one after the other.
 """
 
 from __future__ import annotations
@@ -40,15 +40,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "mola": SMALL | {"routing_strategy": "mola", "num_experts": 8, "top_k": 2},
 }
 """Settings by name; all on every linear layer but LoRAMoE, whose own choice is the feed-forward block."""
-ENDS = 5
-"""Steps at each end over which a loss is averaged."""
 TIMED = 4
 """Steps that a method is timed alone for; the first is not counted."""
 
 
-def config(rows: int) -> RunConfig:
+def config(rows: int, epochs: int) -> RunConfig:
     """Return the typed config of all adapters."""
-    shared = {"task_name": TASK, "batch_size": rows, "num_epochs": 1, "lr": 5e-4}
+    shared = {"task_name": TASK, "batch_size": rows, "num_epochs": epochs, "lr": 5e-4}
     entries = [shared | {"name": name} | settings for name, settings in METHODS.items()]
     return parse_config({"cutoff_len": 64, "lora": entries})
 
@@ -78,30 +76,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", default="smollm2")
     parser.add_argument("--data", help="folder with SST-2's train split; the hub's where left out")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rows", type=int, default=4, help="of each adapter in a step")
+    parser.add_argument("--distinct", type=int, default=12, help="rows of an epoch")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=2, help="of each adapter in a step")
     options = parser.parse_args()
     torch.manual_seed(42)
     model = MultiAdapterModel.from_pretrained(options.base_model)
-    jobs = list(config(options.rows).lora)
-    samples = load_training_samples(TASK, options.data, model.tokenizer, 64, limit=options.steps * options.rows)
+    jobs = list(config(options.rows, options.epochs).lora)
+    samples = load_training_samples(TASK, options.data, model.tokenizer, 64, limit=options.distinct)
     losses, together = run(model, jobs, samples)
+    print(losses, file=sys.stderr)
     parameters = {job.name: model.num_parameters(job.name) for job in jobs}
     few = Samples(samples[: TIMED * options.rows])
     alone = {}
     for job in jobs:
         model.remove_adapter(job.name)
-        alone[job.name] = run(model, [job], few)[1]
+        alone[job.name] = run(model, [job.model_copy(update={"num_epochs": 1})], few)[1]
         model.remove_adapter(job.name)
-    print(f"{len(jobs)} adapters, {options.steps} steps of {options.rows} rows each: {together:.2f} s a step together,")
-    print(f"{sum(alone.values()):.2f} s one after the other\n")
+    own = options.distinct // options.rows
+    print(f"{len(jobs)} adapters, {options.epochs} x {own} steps of {options.rows} rows: {together:.2f} s a step,")
+    print(f"{sum(alone.values()):.2f} s for one of each after the other\n")
     print("| method | trainable | first loss | last loss | s alone | share |\n| --- | --- | --- | --- | --- | --- |")
-    for name, own in losses.items():
-        first, last = statistics.mean(own[:ENDS]), statistics.mean(own[-ENDS:])
+    means = {name: (statistics.mean(each[:own]), statistics.mean(each[-own:])) for name, each in losses.items()}
+    for name, (first, last) in means.items():
         share = alone[name] / sum(alone.values())
         print(f"| {name} | {parameters[name]:,} | {first:.3f} | {last:.3f} | {alone[name]:.2f} | {share:.0%} |")
-    risen = [name for name, own in losses.items() if statistics.mean(own[-ENDS:]) >= statistics.mean(own[:ENDS])]
-    print(f"\nlosses that did not fall: {', '.join(risen) or 'none'}")
+    print(
+        f"\nlosses that did not fall: {', '.join(n for n, (first, last) in means.items() if last >= first) or 'none'}"
+    )
 
 
 if __name__ == "__main__":
