@@ -61,11 +61,13 @@ class Session:
         """
         if not self.checkpoints.restore():
             begun = [job.name for job in self.jobs if self.folder.adapter(job.name).exists()]
-            begun += [job.name for job in self.jobs if (self.folder.checkpoints / job.name).exists()]
+            begun += [path.parent.name for path in self.checkpoints.damaged]
             if begun:
-                message = f"no usable checkpoint of {', '.join(begun)}; --overwrite starts again from nothing"
+                message = (
+                    f"no usable checkpoint of {', '.join(dict.fromkeys(begun))}; --overwrite starts again from nothing"
+                )
                 raise ConfigError("--resume", [Problem("", message)])
-            print("no checkpoint yet: starts at the beginning")
+            print("no complete checkpoint yet: starts at the beginning")
         for job in self.jobs:
             print(f"{job.name}: goes on after step {job.step} of {job.total_steps}")
             if job.done and not self.folder.adapter(job.name).exists():

@@ -52,10 +52,14 @@ class Checkpoints:
         jobs: of the run, those included that wait or are done.
         model: that holds their adapters.
         keep: moments kept; more than one, so that there is another where the newest is damaged.
+
+    Attributes:
+        damaged: checkpoints that `restore` found other than they were written.
     """
 
     def __init__(self, root: Path, jobs: Sequence[Job], model: MultiAdapterModel, keep: int = 2) -> None:
         self.root, self.jobs, self.model, self.keep = root, jobs, model, keep
+        self.damaged: list[Path] = []
         self._writing: _Writing | None = None
         self._passed_over: set[Path] = set()
 
@@ -115,8 +119,10 @@ class Checkpoints:
             for unfinished in (self.root / job.name).glob(".step-*"):
                 shutil.rmtree(unfinished)
         names = {job.name for job in self.jobs}
-        found = [_read_good(path, job) for job in self.jobs for path in self._paths(job)]
-        good = [saved for saved in found if saved is not None]
+        found = {path: _read_good(path, job) for job in self.jobs for path in self._paths(job)}
+        self.damaged = [path for path, saved in found.items() if saved is None]
+        self._passed_over = set(found)
+        good = [saved for saved in found.values() if saved is not None]
         for moment in sorted({saved.moment for saved in good}, reverse=True):
             chosen = [saved for saved in good if saved.moment == moment or (saved.done and saved.moment < moment)]
             needed = {name for saved in chosen if saved.moment == moment for name in saved.jobs}
@@ -125,8 +131,7 @@ class Checkpoints:
                     saved.require_same()
                 for saved in chosen:
                     saved.apply(self.model)
-                usable = {saved.path for saved in good if saved.moment <= moment}
-                self._passed_over = {path for job in self.jobs for path in self._paths(job)} - usable
+                self._passed_over -= {saved.path for saved in good if saved.moment <= moment}
                 return True
         return False
 

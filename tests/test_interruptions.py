@@ -1,0 +1,272 @@
+"""Runs that are killed, told to stop, or run out of disk: nothing is lost, and resuming ends in the same bits."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlora.config import RunOptions
+from mlora.runs.program import main
+from tests.test_program import MIXTURE, ROOT, adapter, base, here, launch, losses, write_config  # noqa: F401
+
+ADAPTERS = [
+    adapter("a", num_epochs=4, evaluate_steps=5),
+    adapter("b", num_epochs=3, batch_size=6, micro_batch_size=3, **MIXTURE),
+    adapter("c", num_epochs=2, batch_size=12, micro_batch_size=2, lora_dropout=0.2, val_set_size=6),
+]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything that a run leaves, without the times at which it did."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    results = json.loads((folder / "results.json").read_text())
+    for entry in [*lines, *results]:
+        for key in ("seconds", "date", "max_memory_bytes"):
+            entry.pop(key, None)
+    by_adapter = {name: [line for line in lines if line["adapter"] == name] for name in "abc"}
+    weights = {p.parent.name: p.read_bytes() for p in folder.glob("adapters/*/adapter_model.safetensors")}
+    return {"metrics": by_adapter, "results": results, "weights": weights}
+
+
+@pytest.fixture(scope="module")
+def straight(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:  # noqa: F811
+    """What the uninterrupted run leaves."""
+    place = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        here.__wrapped__(place, patch)  # type: ignore[attr-defined]
+        write_config(*ADAPTERS, save_step=2)
+        assert main(RunOptions(str(base), dir="out")) == 0
+        return outcome(place / "out")
+
+
+PHASES = {
+    "loading": ("mlora.model.multi.MultiAdapterModel.from_pretrained", 1),
+    "step": ("mlora.training.job.Job.share", 12),
+    "backward": ("torch.Tensor.backward", 7),
+    "save": ("mlora.training.checkpoint.save_file", 5),
+    "held-out loss": ("mlora.training.heldout.HeldOut.loss", 1),
+    "evaluation while training": ("mlora.model.multi.MultiAdapterModel.score", 2),
+    "best state": ("mlora.runs.session.Session._save", 1),
+    "last evaluation": ("mlora.runs.assess.evaluate", 1),
+}
+
+
+@contextmanager
+def signal_at(place: str, call: int, number: int = signal.SIGTERM) -> Iterator[list[float]]:
+    """Send this process a signal in the middle of so many calls of a function; yields when that was."""
+    module, names = place, []
+    while True:
+        with suppress(ImportError):
+            owner: Any = importlib.import_module(module)
+            break
+        module, _, name = module.rpartition(".")
+        names.insert(0, name)
+    for name in names[:-1]:
+        owner = getattr(owner, name)
+    own, sent, calls = getattr(owner, names[-1]), list[float](), 0
+
+    def told(*arguments: Any, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), number)
+        return own(*arguments, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, names[-1], told)
+        yield sent
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_r10_told_to_stop_in_the_middle(
+    here: Path,
+    base: Path,  # noqa: F811
+    straight: dict[str, Any],
+    phase: str,
+    number: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_config(*ADAPTERS, save_step=2)
+    with signal_at(*PHASES[phase], number) as sent:
+        assert main(RunOptions(str(base), dir="out")) == 130
+        taken = time.monotonic() - sent[0]
+    assert taken < 5, f"{taken:.1f} s"
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(RunOptions(str(base), dir="out", resume=True)) == 0
+    assert outcome(here / "out") == straight
+
+
+def test_r10_a_signal_breaks_an_evaluation_off(
+    here: Path,
+    base: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is not computed to its end first: with many rows that would take longer than a user waits."""
+    from mlora.model.multi import MultiAdapterModel
+
+    calls = []
+    own = MultiAdapterModel.score
+    monkeypatch.setattr(MultiAdapterModel, "score", lambda *a: calls.append(1) or own(*a))
+    write_config(adapter("a", num_epochs=4, evaluate_steps=3, evaluate_batch_size=1))
+    with signal_at("mlora.runs.session.evaluate", 1):
+        assert main(RunOptions(str(base), dir="out")) == 130
+    assert not calls
+
+
+def test_r10_told_twice_it_ends_at_once(here: Path, base: Path) -> None:  # noqa: F811
+    """Even where a checkpoint is being written, on a disk that takes for ever."""
+    write_config(adapter("a", num_epochs=50), save_step=1)
+    program = f"""
+import sys, time
+from mlora.model import files
+from mlora.training import checkpoint
+from mlora.config import RunOptions
+from mlora.runs.program import main
+checkpoint.save_file = lambda *a: (print("saving", flush=True), time.sleep(60))
+sys.exit(main(RunOptions({str(base)!r}, dir="out")))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith("saving"):
+            break
+    child.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert child.poll() is None, "the first signal waits for the checkpoint"
+    child.send_signal(signal.SIGINT)
+    _, error = child.communicate(timeout=10)
+    assert child.returncode == 130 and "Traceback" not in error, error
+
+
+def children(process: int) -> list[int]:
+    with suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the training program through /proc")
+def test_r2_killed_at_random_and_resumed_ends_in_the_same_bits(
+    here: Path,
+    base: Path,  # noqa: F811
+    kills: int,
+    seed: int,
+) -> None:
+    """Through the real command; one kill in ten while it still loads, the others while it trains and saves."""
+    draw = random.Random(seed)
+    epochs = 6 + 3 * kills
+    entries = [entry | {"num_epochs": epochs, "evaluate_steps": None} for entry in ADAPTERS]
+    write_config(*entries, save_step=1)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert launch("run", "--base_model", base, "--dir", "straight", env=environment).returncode == 0
+    expected = outcome(here / "straight")
+    command = [sys.executable, str(ROOT / "launch.py"), "run", "--base_model", str(base), "--dir", "broken"]
+    metrics = here / "broken" / "metrics.jsonl"
+    reached = []
+    for number in range(kills):
+        with (here / "shown.txt").open("w+") as shown:
+            again = ["--resume"] if metrics.exists() else []
+            child = subprocess.Popen([*command, *again], env=environment, stdout=shown, stderr=shown)
+            before = metrics.stat().st_mtime_ns if again else 0
+            deadline = time.monotonic() + 120
+            while number % 10 != 9 and not (metrics.exists() and metrics.stat().st_mtime_ns > before):
+                assert child.poll() is None and time.monotonic() < deadline, shown.seek(0) or shown.read()
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 6 if number % 10 == 9 else 0.3))
+            for program in children(child.pid):
+                os.kill(program, signal.SIGKILL)
+            assert child.wait(60) == 128 + signal.SIGKILL, shown.seek(0) or shown.read()
+        reached.append({name: len(values) for name, values in losses(here / "broken").items()})
+    assert min(reached[-1].values()) > 0
+    resumed = launch("run", "--base_model", base, "--dir", "broken", "--resume", env=environment)
+    assert resumed.returncode == 0, resumed.stderr
+    found = outcome(here / "broken")
+    assert found["weights"].keys() == {"a", "b", "c"} and found == expected
+    assert not list((here / "broken").glob("**/.*")), "a temporary file was left"
+    print(f"{kills} of {kills} resumed; steps done at each kill: {reached}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "small", str(place)], check=False)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_r9_a_disk_that_fills_up(
+    here: Path,
+    base: Path,  # noqa: F811
+    small_disk: Path,
+    capsys: pytest.CaptureFixture[str],
+    straight: dict[str, Any],
+) -> None:
+    write_config(*ADAPTERS, save_step=2)
+    options = RunOptions(str(base), dir=str(small_disk / "out"))
+
+    def fill() -> None:
+        """Leave less than a checkpoint needs once the first is there."""
+        while not list(small_disk.glob("out/checkpoints/c/step-*")):
+            time.sleep(0.001)
+        with suppress(OSError), (small_disk / "others").open("wb") as file:
+            while True:
+                file.write(b"\0" * 4096)
+                file.flush()
+
+    filler = threading.Thread(target=fill, daemon=True)
+    filler.start()
+    status = main(options)
+    error = capsys.readouterr().err
+    assert status == 1 and "No space left on device" in error and "Traceback" not in error
+    assert len(error.splitlines()) <= 15
+    filler.join(10)
+    (small_disk / "others").unlink()
+    assert main(RunOptions(str(base), dir=options.dir, resume=True)) == 0
+    assert "no complete checkpoint" not in capsys.readouterr().out
+    assert outcome(small_disk / "out") == straight
+    assert not list(small_disk.glob("out/**/.*")), "a temporary file was left"
+
+
+@pytest.mark.parametrize(
+    "changed", [{"evaluate_steps": None}, {"evaluate_steps": 1}, {"evaluate_batch_size": 3}], ids=str
+)
+def test_r3_evaluation_changes_no_adapter(
+    here: Path,
+    base: Path,  # noqa: F811
+    straight: dict[str, Any],
+    changed: dict[str, Any],
+) -> None:
+    write_config(*[entry | changed for entry in ADAPTERS], save_step=1, keep_last=1)
+    assert main(RunOptions(str(base), dir="out")) == 0
+    found = outcome(here / "out")["weights"]
+    for name in "ab":  # c keeps its best state, and evaluations decide which that is
+        assert found[name] == straight["weights"][name]
+
+
+def test_r3_the_log_changes_no_adapter(here: Path, base: Path) -> None:  # noqa: F811
+    write_config(*[entry | {"num_epochs": 1} for entry in ADAPTERS[:2]])
+    assert main(RunOptions(str(base), dir="quiet", limit=12)) == 0
+    assert main(RunOptions(str(base), dir="loud", limit=12, debug=True, log_file="elsewhere.log")) == 0
+    assert outcome(here / "quiet") == outcome(here / "loud")
