@@ -23,7 +23,7 @@ from mlora.runs.program import main
 from tests.test_program import MIXTURE, ROOT, adapter, base, here, launch, losses, write_config  # noqa: F401
 
 ADAPTERS = [
-    adapter("a", num_epochs=4, evaluate_steps=5),
+    adapter("a", num_epochs=4, evaluate_steps=5, val_set_size=6),
     adapter("b", num_epochs=3, batch_size=6, micro_batch_size=3, **MIXTURE),
     adapter("c", num_epochs=2, batch_size=12, micro_batch_size=2, lora_dropout=0.2, val_set_size=6),
 ]
@@ -60,7 +60,7 @@ PHASES = {
     "held-out loss": ("mlora.training.heldout.HeldOut.loss", 1),
     "evaluation while training": ("mlora.model.multi.MultiAdapterModel.score", 2),
     "best state": ("mlora.runs.session.Session._save", 1),
-    "last evaluation": ("mlora.runs.assess.evaluate", 1),
+    "last evaluation": ("mlora.runs.assess.examine", 1),
 }
 
 
@@ -122,8 +122,8 @@ def test_r10_a_signal_breaks_an_evaluation_off(
     calls = []
     own = MultiAdapterModel.score
     monkeypatch.setattr(MultiAdapterModel, "score", lambda *a: calls.append(1) or own(*a))
-    write_config(adapter("a", num_epochs=4, evaluate_steps=3, evaluate_batch_size=1))
-    with signal_at("mlora.runs.session.evaluate", 1):
+    write_config(adapter("a", num_epochs=4, evaluate_steps=3, evaluate_batch_size=1, val_set_size=6))
+    with signal_at("mlora.runs.session.examine", 1):
         assert main(RunOptions(str(base), dir="out")) == 130
     assert not calls
 
@@ -258,11 +258,15 @@ def test_r3_evaluation_changes_no_adapter(
     straight: dict[str, Any],
     changed: dict[str, Any],
 ) -> None:
-    write_config(*[entry | changed for entry in ADAPTERS], save_step=1, keep_last=1)
+    write_config(
+        *[entry | changed if "val_set_size" in entry else entry for entry in ADAPTERS], save_step=1, keep_last=1
+    )
     assert main(RunOptions(str(base), dir="out")) == 0
-    found = outcome(here / "out")["weights"]
-    for name in "ab":  # c keeps its best state, and evaluations decide which that is
-        assert found[name] == straight["weights"][name]
+    found = outcome(here / "out")
+    assert found["weights"]["b"] == straight["weights"]["b"]  # the others keep their best state, as evaluations say
+    for name in "abc":
+        steps, expected = ([e for e in run["metrics"][name] if "loss" in e] for run in (found, straight))
+        assert steps == expected, name
 
 
 def test_r3_the_log_changes_no_adapter(here: Path, base: Path) -> None:  # noqa: F811

@@ -166,24 +166,34 @@ def test_r9_a_full_disk_is_said_and_loses_no_checkpoint(tmp_path: Path, monkeypa
     assert checkpoints.restore() and where(checkpoints) == [(5, 0), (1, 2)]
 
 
-def saving_forever(root: Path) -> None:
-    """Resume, and save after every round."""
+def saving_forever(root: Path, ready: Callable[[], None]) -> None:
+    """Resume, and save after every round; ready once a checkpoint has begun that is not the first."""
     model, jobs = begun()
     checkpoints = Checkpoints(root, jobs, model)
     checkpoints.restore()
-    advance(model, jobs, 10**6, checkpoints.save)
+
+    def save() -> None:
+        checkpoints.save()
+        ready()
+
+    advance(model, jobs, 10**6, save)
 
 
-def killed(work: Callable[[], None], seconds: float | None = None) -> int:
-    """Do the work in a child process, kill it with SIGKILL after so many seconds, and return how it ended."""
+def ended(work: Callable[[Callable[[], None]], None], seconds: float | None = None) -> int:
+    """Do work in a child process, kill it so many seconds after it says it is ready, and return how it ended."""
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        work()
+        work(lambda: os.write(writer, b"ready"))  # type: ignore[arg-type,return-value]
         os._exit(0)
     if seconds is not None:
+        for _ in range(2):
+            os.read(reader, 5)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
+    os.close(reader)
+    os.close(writer)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -193,7 +203,7 @@ def test_r7_killed_while_saving_at_random(tmp_path: Path, kills: int, seed: int)
     model, jobs = begun()
     last = 0
     for number in range(kills):
-        assert killed(lambda: saving_forever(tmp_path), draw.uniform(0.02, 0.4)) == -signal.SIGKILL
+        assert ended(lambda ready: saving_forever(tmp_path, ready), draw.uniform(0, 0.3)) == -signal.SIGKILL
         checkpoints = Checkpoints(tmp_path, jobs, model)
         restored = checkpoints.restore()
         assert restored or last == 0, f"kill {number}: nothing to go on from"
@@ -220,7 +230,7 @@ def test_r7_killed_before_every_call_to_the_file_system(tmp_path: Path) -> None:
         copy = tmp_path.parent / f"{tmp_path.name}-{deadly}"
         os.system(f"cp -r {tmp_path} {copy}")
 
-        def save() -> None:
+        def save(_: Callable[[], None]) -> None:
             calls = 0
 
             def count(event: str, arguments: tuple) -> None:
@@ -235,13 +245,13 @@ def test_r7_killed_before_every_call_to_the_file_system(tmp_path: Path) -> None:
             second.save()
             second.wait()
 
-        ended = killed(save)
+        status = ended(save)
         there = begun()
         restored = Checkpoints(copy, there[1], there[0])
         assert restored.restore(), f"killed at call {deadly}: nothing to go on from"
         outcomes.append(where(restored))
         assert not list(copy.glob("*/.*"))
-        if ended == 0:
+        if status == 0:
             break
     assert len(outcomes) > 30, "the save made no calls"
     assert outcomes[0] == [(4, 0), (1, 1)] and outcomes[-1] == [(5, 0), (1, 2)]
