@@ -230,6 +230,8 @@ class _explained:
         if not isinstance(error, Exception) or isinstance(error, ModelError):
             return
         said = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in said:
+            said = "its folder holds code of its own, which only --trust_remote_code runs; look at it first"
         said = said if len(said) <= 300 else f"{said[:297]}..."
         on_hub = isinstance(error, OSError) and not os.path.isdir(self.origin.folder)
         hint = (

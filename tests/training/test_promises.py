@@ -170,3 +170,38 @@ def test_r2_resumed_training_is_bit_identical(stops: tuple[int, ...], together: 
     for name in "abc":
         for key, tensor in model.adapter_tensors(name).items():
             assert torch.equal(tensor, straight[1][name][key]), key
+
+
+@pytest.mark.parametrize("place", ["weights", "gradient"])
+def test_r12_a_nan_of_one_adapter_is_its_own(place: str) -> None:
+    """Its step is left out; the others go on as if nothing had happened, to the bit."""
+    ends = []
+    for broken in (False, True):
+        model = multi()
+        for name in "abc":
+            model.add_adapter(name, CONFIGS[name].method)
+        jobs = [Job(CONFIGS[name], ROWS[name], model, seed=5) for name in "abc"]
+        losses: dict[str, list[float]] = {name: [] for name in "abc"}
+        spoilt = jobs[0].parameters[0]
+        kept = spoilt.detach().clone()
+
+        def after(stepped: list[Job]) -> bool:
+            _note(stepped, losses)  # noqa: B023
+            if broken:  # noqa: B023
+                # step 4 of a, its second micro-batch, is computed with this; what was there before comes back after it
+                if (jobs[0].step, jobs[0].row) == (3, 2):  # noqa: B023
+                    kept.copy_(spoilt.detach())  # noqa: B023
+                    (spoilt.data if place == "weights" else spoilt.grad).fill_(float("nan"))  # noqa: B023
+                elif (jobs[0].step, jobs[0].row) == (4, 0):  # noqa: B023
+                    spoilt.data.copy_(kept)  # noqa: B023
+            return False
+
+        train(model, jobs, None, after)
+        assert all(job.done and not job.diverged for job in jobs)
+        ends.append((losses, {n: {k: t.clone() for k, t in model.adapter_tensors(n).items()} for n in "abc"}))
+    (healthy, tensors), (spoilt_losses, others) = ends
+    assert spoilt_losses["a"] != healthy["a"]
+    assert all(t.isfinite().all() for t in others["a"].values())
+    for name in "bc":
+        assert spoilt_losses[name] == healthy[name]
+        assert all(torch.equal(tensor, others[name][key]) for key, tensor in tensors[name].items())
