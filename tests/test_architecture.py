@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "serving": {"generation", "model", "data"},
     "training": {"model", "data", "config", "adapters"},
     "runs": {"training", "evaluation", "report", "tracking", "model", "data", "tasks", "config", "adapters"},
-    "cli": {"generation", "serving", "runs", "export", "config", "tasks", "adapters", "report", "data"},
+    "cli": {"generation", "serving", "runs", "export", "config", "tasks", "adapters", "report", "data", "model"},
     "__init__": set(),
 }
 """Rooms that the files of a room may import, besides their own."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mlora.cli.options import DTYPES, base_model, base_source, option
+from mlora.cli.options import DTYPES, base_model, base_source, hub_offline, option
 from mlora.cli.program import program
 
 
@@ -32,3 +32,18 @@ def export_(ctx: click.Context, **flags: Any) -> None:
     from mlora.export import main as export_main
 
     ctx.exit(export_main(**flags))
+
+
+@program.command()
+@option("adapter", "Folder of the adapter.", required=True)
+@option("repo", "Where to: user/name, made where there is none.", required=True)
+@option("private", "A new repository is private.", bool, default=False)
+@option("revision", "Branch. [default: the main one]")
+@option("message", "Of the commit.")
+@hub_offline
+@click.pass_context
+def push(ctx: click.Context, **flags: Any) -> None:
+    """Publish a saved adapter and its model card on the Hugging Face hub."""
+    from mlora.model.hub import main as push_main
+
+    ctx.exit(push_main(**flags))

@@ -5,6 +5,7 @@ A truth value may be given as `--flag`, `--flag True` or `--flag false`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -51,10 +52,21 @@ class SeveralValues(click.Command):
         return super().parse_args(ctx, spread)
 
 
+def _go_offline(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    if value:  # read when the hub's package is imported, and handed to every program started from here
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return value
+
+
+hub_offline = option(
+    "hub_offline", "Open no connection: cached copies and local files only.", bool, default=False,
+    expose_value=False, is_eager=True, callback=_go_offline,
+)  # fmt: skip
 base_model = option("base_model", 'Local folder, hub id, GGUF file, or "smollm2".', required=True)
 base_source = all_of(
     [
         option("revision", "Of the base model on the hub."),
+        hub_offline,
         option("trust_remote_code", "Run code from the model's repository.", bool, default=False),
     ]
 )

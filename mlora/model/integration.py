@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlora.adapters import Method
 from mlora.model import files, load
 from mlora.model.errors import AdapterFileError, ModelError
+from mlora.model.hub import advice
 from mlora.model.multi import MultiAdapterModel
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def find_adapter(name_or_path: str) -> Path:
         return Path(snapshot_download(name_or_path, allow_patterns=[files.CONFIG, files.TENSORS, files.PICKLE]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"adapter {name_or_path}: neither a folder nor to be had from the hub: {reason}") from error
+        hint = advice(error, name_or_path)
+        raise ModelError(f"adapter {name_or_path}: neither a folder nor to be had: {reason} ({hint})") from error
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:

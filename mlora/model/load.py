@@ -229,14 +229,13 @@ class _explained:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, Exception) or isinstance(error, ModelError):
             return
+        from mlora.model.hub import advice
+
         said = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in said:
             said = "its folder holds code of its own, which only --trust_remote_code runs; look at it first"
         said = said if len(said) <= 300 else f"{said[:297]}..."
         on_hub = isinstance(error, OSError) and not os.path.isdir(self.origin.folder)
-        hint = (
-            " (a hub id needs a connection or a cached copy, a gated one `hf auth login`; a local model needs the path "
-            "of its folder)"
-        )
+        hint = f" ({advice(error, self.origin.folder)}; a local model needs the path of its folder)" if on_hub else ""
         raised = UnreachableModelError if on_hub else ModelError
-        raise raised(f"--base_model {self.origin.given}: cannot be loaded: {said}{hint if on_hub else ''}") from error
+        raise raised(f"--base_model {self.origin.given}: cannot be loaded: {said}{hint}") from error
