@@ -24,6 +24,10 @@ def _labels(task_name: str, protocol: Protocol | None) -> tuple[str, ...]:
     return find_task(task_name, protocol).labels if task_name in known_tasks() else ()
 
 
+OnBadRow = Literal["error", "skip"]
+"""What an unusable row does: stop everything, or be left out and reported."""
+
+
 def _whole_batch(earlier: dict[str, Any]) -> int:
     return int(earlier["batch_size"])
 
@@ -52,6 +56,8 @@ class JobConfig(BaseModel):
     """Rows read of each split, for quick looks; all where left out."""
     prompt: str | None = None
     """Prompt template of instruction data, by name or path."""
+    on_bad_row: OnBadRow = "error"
+    """What an unusable row of its data does: stop the run before it begins, or be left out and reported."""
     train_on_inputs: bool = False
     """Whether the loss covers the prompt too, rather than the answer alone."""
     optim: Literal["adamw", "sgd", "adamw8bit"] = "adamw"

@@ -1,5 +1,6 @@
 """Rows to token ids: where data comes from, prompt templates, label masks, the order of an epoch."""
 
+from mlora.config.job import OnBadRow
 from mlora.data.dataset import Report, Samples, load_questions, load_training_samples, task_names
 from mlora.data.errors import DataError, UnreachableError
 from mlora.data.order import epoch_order
@@ -11,6 +12,7 @@ __all__ = [
     "NO_LABEL",
     "DataError",
     "EncodedQuestion",
+    "OnBadRow",
     "PromptTemplate",
     "Report",
     "Sample",

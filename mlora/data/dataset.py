@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
-from mlora.config.job import CASUAL
+from mlora.config.job import CASUAL, OnBadRow
 from mlora.data.errors import DataError
 from mlora.data.instructions import encode_instruction
 from mlora.data.prompts import find_prompt
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-OnBadRow = Literal["error", "skip"]
+log = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 10
 
 
@@ -150,9 +151,12 @@ def load_questions(
     task = find_task(task_name, protocol)
     path = split_paths(data, [task.name])[0]
     rows = islice(task_rows(task, path, split), limit)
-    questions = list(_built(rows, task.build, Report(), on_bad_row))
+    report = Report()
+    questions = list(_built(rows, task.build, report, on_bad_row))
     if not questions:
         raise DataError(f"no data rows in {_where(task, path, split)}")
+    if report.bad_rows:
+        log.warning("%s: %s", _where(task, path, split), report)
     return questions
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from mlora.data import EncodedQuestion, Split, encode_choices, load_questions
+from mlora.data import EncodedQuestion, OnBadRow, Split, encode_choices, load_questions
 from mlora.tasks import Protocol, Question, Task, find_task
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class Examination:
         protocol: of the task; None for the first that has the name.
         split: of the rows; published results are of "test".
         rows: numbers of the rows within the split; None for all.
+        on_bad_row: what an unusable row does.
     """
 
     adapter: str | None
@@ -44,11 +45,12 @@ class Examination:
     protocol: Protocol | None = None
     split: Split = "test"
     rows: tuple[int, ...] | None = None
+    on_bad_row: OnBadRow = "error"
 
     @property
     def asks(self) -> tuple[Any, ...]:
         """What the questions depend on: adapters that agree in it can be examined together."""
-        return self.task, self.protocol, self.data, self.limit, self.split, self.rows
+        return self.task, self.protocol, self.data, self.limit, self.split, self.rows, self.on_bad_row
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,8 @@ class QuestionSet:
             DataError: data that is not there, or a row that cannot be used.
         """
         task = find_task(examination.task, examination.protocol)
-        questions = load_questions(
-            task.name, examination.data, examination.split, examination.limit, protocol=task.protocol
-        )
+        e = examination
+        questions = load_questions(task.name, e.data, e.split, e.limit, e.on_bad_row, task.protocol)
         if examination.rows is not None:
             questions = [questions[row] for row in examination.rows]
         encoded = [encode_choices(tokenizer, question, task.protocol, cutoff_len) for question in questions]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SETTINGS = ("task_name", "protocol", "prompt", "train_on_inputs", "limit")
+SETTINGS = ("task_name", "protocol", "prompt", "train_on_inputs", "limit", "on_bad_row")
 """What a job's rows depend on besides their place."""
 
 
@@ -43,7 +43,7 @@ class Reader:
             ConfigError: more rows are to be held out than there are.
             DataError: data that is not there, or a row that cannot be used.
         """
-        rows: Sequence[Sample] = self._training_rows(job)
+        rows: Sequence[Sample] = self.samples_of(job)
         held_out: Sequence[Sample] = ()
         if job.eval_data is not None:
             held_out = self._samples(job.eval_data, _held_out_split(job), *_settings(job))
@@ -82,13 +82,16 @@ class Reader:
                 rows = tuple(sample.row for sample in held_out.samples if sample.task == task.name)
             if rows != ():
                 size = job.evaluate_batch_size
-                wanted.append(Examination(job.name, task.name, path, job.limit, size, task.protocol, split, rows))
+                wanted.append(
+                    Examination(job.name, task.name, path, job.limit, size, task.protocol, split, rows, job.on_bad_row)
+                )
         return wanted
 
-    def _training_rows(self, job: JobConfig) -> Samples:
+    def samples_of(self, job: JobConfig) -> Samples:
+        """Return all rows of a job's training data that can be used, and what became of the others."""
         samples = self._samples(job.data, "train", *_settings(job))
         log.info("%s: %s", job.name, samples.report)
-        if samples.report.dropped or samples.report.truncated:
+        if samples.report.dropped or samples.report.truncated or samples.report.bad_rows:
             log.warning("%s: %s", job.name, samples.report)
         return samples
 
