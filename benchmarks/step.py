@@ -1,6 +1,6 @@
 """One training step of ours on random weights and synthetic tokens: forward, backward and optimizer.
 
-    python -m benchmarks.step 7b lora mixlora mixlora+mixlora [--device cuda] [--recompute]
+    python -m benchmarks.step 7b lora mixlora mixlora+mixlora [--device cuda] [--recompute] [--profile 25]
 
 Prints a line of JSON for each: median seconds of a step, microseconds per token, peak memory. Dropout 0.05, adapters on
 all linear layers, AdamW included, gradients checked to be there.
@@ -61,11 +61,13 @@ def build(shape: str, device: str) -> MultiAdapterModel:
     with torch.device(device):
         base = LlamaForCausalLM._from_config(LlamaConfig(**settings), attn_implementation=PACKED)
     torch.set_default_dtype(torch.float32)
-    return MultiAdapterModel(base.requires_grad_(False).eval(), Origin(shape, shape))
+    model = MultiAdapterModel(base.requires_grad_(False).eval(), Origin(shape, shape))
+    model.check_packing()
+    return model
 
 
-def measure(model: MultiAdapterModel, shape: str, kinds: list[str], steps: int, device: str) -> dict:
-    """Time steps of adapters of these kinds in one batch."""
+def measure(model: MultiAdapterModel, shape: str, kinds: list[str], steps: int, device: str, profiled: int) -> dict:
+    """Time steps of adapters of these kinds in one batch; print the kernels that took longest in a further one."""
     settings, rows, length = SHAPES[shape]
     cuda = device != "cpu"
     optimizers, names = [], []
@@ -78,7 +80,10 @@ def measure(model: MultiAdapterModel, shape: str, kinds: list[str], steps: int, 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for step in range(steps):
+    profiler = torch.profiler.profile()
+    for step in range(steps + bool(profiled)):
+        if step == steps:
+            profiler.start()
         tokens = torch.randint(1, settings["vocab_size"], (rows * len(kinds), length)).tolist()
         packed = [Row(t, t, names[i // rows], i % rows) for i, t in enumerate(tokens)]
         batch = Batch.pack(packed, dict.fromkeys(names, step), model.device)
@@ -94,7 +99,11 @@ def measure(model: MultiAdapterModel, shape: str, kinds: list[str], steps: int, 
         norm = sum(float(p.grad.norm()) for n in names for _, p in model.adapter_parameters(n) if p.grad is not None)
         for optimizer in optimizers:
             optimizer.zero_grad()
-    median = statistics.median(seconds[2:])
+    if profiled:
+        profiler.stop()
+        by = "self_device_time_total" if cuda else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=by, row_limit=profiled, max_name_column_width=60))
+    median = statistics.median(seconds[2:steps])
     parameters = sum(model.num_parameters(name) for name in names)
     row = {
         "kinds": "+".join(kinds),
@@ -117,13 +126,22 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", default=list(METHODS), help="methods, several joined by + for one batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--profile", type=int, default=0, help="kernels to list")
     options = parser.parse_args()
     model = build(options.shape, options.device)
     model.recompute = options.recompute
+    if options.compile:
+        model.compile()
     for spec in options.kinds:
         try:
-            print(json.dumps(measure(model, options.shape, spec.split("+"), options.steps, options.device)), flush=True)
+            print(
+                json.dumps(
+                    measure(model, options.shape, spec.split("+"), options.steps, options.device, options.profile)
+                ),
+                flush=True,
+            )
         except torch.cuda.OutOfMemoryError as error:
             print(json.dumps({"kinds": spec, "error": str(error)[:100]}), flush=True)
             for name in list(model.adapters):

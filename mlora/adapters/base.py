@@ -23,6 +23,8 @@ from mlora import ops
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mlora.ops.lowrank import BlockUpdate, LowRankUpdate
+
 GROUPS = ("all-linear", "attention", "mlp")
 """Groups of linear layers that `target_modules` may name."""
 Distribution = Literal["zeros", "normal", "kaiming", "row_norms", "principal_A", "principal_B"]
@@ -213,9 +215,20 @@ class Method(BaseModel):
         """Declare the tensors that a targeted linear layer gets; {} for none."""
         raise NotImplementedError
 
+    def update(self, p: Tensors, x: Tensor, site: LinearSite, segment: Segment) -> LowRankUpdate | None:
+        """Return what the adapter adds to a layer's output, given its input x [n, D], as data.
+
+        A kernel then computes the updates of all adapters. None where the method does more than add: it overrides
+        `linear`.
+        """
+        return None
+
     def linear(self, p: Tensors, x: Tensor, out: Tensor, site: LinearSite, segment: Segment) -> Tensor:
         """Return the layer's output [n, O], given its input x [n, D] and the frozen output [n, O]."""
-        raise NotImplementedError
+        update = self.update(p, x, site, segment)
+        if update is None:
+            raise NotImplementedError(f"{type(self).__name__} needs update() or linear()")
+        return ops.apply_update(update, segment.dropout(x, update.dropout, site.path), out)
 
     def block_parameters(self, site: BlockSite) -> dict[str, Init]:
         """Declare the tensors that a feed-forward block gets; {} where the method adapts single linears only."""
@@ -238,6 +251,16 @@ class Method(BaseModel):
             segment: the tokens.
         """
         raise NotImplementedError
+
+    def block_update(
+        self, p: Tensors, experts: Mapping[str, Tensors], x: Tensor, site: BlockSite, segment: Segment
+    ) -> BlockUpdate | None:
+        """Return what the adapter changes in a gated feed-forward block as data, so that one kernel computes it.
+
+        Takes what `block` takes; `p` is empty for a method that adapts single linears. None where the method does
+        something that the kernel cannot: `block` or `linear` then computes it.
+        """
+        return None
 
     def for_length(self, tokens: int) -> Method:
         """Return the method with settings that depend on the longest sequence, in tokens, worked out."""

@@ -15,16 +15,29 @@ https://arxiv.org/abs/2402.12354, https://arxiv.org/abs/2404.02948
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from mlora import ops
-from mlora.adapters.base import Distribution, Init, LinearSite, Method, Segment, Tensors, register, scaling
+from mlora.adapters.base import (
+    BlockSite,
+    Distribution,
+    Init,
+    LinearSite,
+    Method,
+    Segment,
+    Tensors,
+    register,
+    scaling,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mlora.ops.lowrank import BlockUpdate, LowRankUpdate
 
 
 class LowRank(Method):
@@ -50,9 +63,8 @@ class LowRank(Method):
     def linear_parameters(self, site: LinearSite) -> dict[str, Init]:
         return self.low_rank_parameters(site)
 
-    def linear(self, p: Tensors, x: Tensor, out: Tensor, site: LinearSite, segment: Segment) -> Tensor:
-        x = segment.dropout(x, self.lora_dropout, site.path)
-        return out + ops.low_rank(x, p["lora_A"], p["lora_B"], self.scaling)
+    def update(self, p: Tensors, x: Tensor, site: LinearSite, segment: Segment) -> LowRankUpdate | None:
+        return ops.LowRankUpdate(p["lora_A"], p["lora_B"], self.scaling, self.lora_dropout)
 
     def low_rank_parameters(self, site: LinearSite, num_experts: int | None = None) -> dict[str, Init]:
         """Declare A and B of a linear layer, stacked [E, ...] for E experts."""
@@ -91,9 +103,24 @@ class LoraConfig(LowRank):
             declared["lora_magnitude_vector"] = Init(shape, "row_norms", stacked=num_experts is not None)
         return declared
 
+    def update(self, p: Tensors, x: Tensor, site: LinearSite, segment: Segment) -> LowRankUpdate | None:
+        return None if self.use_dora else super().update(self.to_file(p), x, site, segment)
+
+    def block_update(
+        self, p: Tensors, experts: Mapping[str, Tensors], x: Tensor, site: BlockSite, segment: Segment
+    ) -> BlockUpdate | None:
+        return None if self.use_dora else self.gated(experts, site, 1)
+
+    def gated(self, experts: Mapping[str, Tensors], site: BlockSite, num_experts: int) -> BlockUpdate:
+        """Return the updates of a gated block's three layers, without routing."""
+        found = [experts.get(layer.name) for layer in (*site.ups, site.down)]
+        files = [None if own is None else self.to_file(own) for own in found]
+        pairs = (None if own is None else (own["lora_A"], own["lora_B"]) for own in files)
+        return ops.BlockUpdate(*pairs, num_experts, self.scaling, self.lora_dropout)
+
     def linear(self, p: Tensors, x: Tensor, out: Tensor, site: LinearSite, segment: Segment) -> Tensor:
         if not self.use_dora:
-            return super().linear(self.to_file(p), x, out, site, segment)
+            return super().linear(p, x, out, site, segment)
         update = ops.low_rank(segment.dropout(x, self.lora_dropout, site.path), p["lora_A"], p["lora_B"], self.scaling)
         norm = ops.dora_norm(site.module, p["lora_A"], p["lora_B"], self.scaling)
         return ops.rescale(out, update, p["lora_magnitude_vector"] / norm, site.bias)

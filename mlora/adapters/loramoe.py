@@ -21,6 +21,8 @@ from mlora.adapters.routed import Routed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mlora.ops.lowrank import LowRankUpdate
+
 
 class RoutedLowRank(Routed, LowRank):
     """Single linear layers with LoRA experts and a router of their own."""
@@ -46,14 +48,13 @@ class RoutedLowRank(Routed, LowRank):
         router = Init((self.num_experts, site.in_features), "kaiming", math.sqrt(self.router_init_range))
         return self.low_rank_parameters(site, self.num_experts) | {"router": router}
 
-    def linear(self, p: Tensors, x: Tensor, out: Tensor, site: LinearSite, segment: Segment) -> Tensor:
-        if "router" not in p:
-            return super().linear(p, x, out, site, segment)
+    def update(self, p: Tensors, x: Tensor, site: LinearSite, segment: Segment) -> LowRankUpdate | None:
+        plain = super().update(p, x, site, segment)
+        if plain is None or "router" not in p:
+            return plain
         logits = ops.router_logits(x, p["router"])
         segment.record(site.path, logits)
-        codes = ops.reduce(segment.dropout(x, self.lora_dropout, site.path), p["lora_A"])
-        codes = codes * self.weights(logits)[..., None].to(codes.dtype)
-        return out + ops.expand(codes, p["lora_B"], self.scaling).to(out.dtype)
+        return plain._replace(weights=self.weights(logits))
 
 
 @register("loramoe")

@@ -23,5 +23,9 @@ if TYPE_CHECKING:
 class MixLoraConfig(TopK, Mixture):
     """Top-k routed LoRA experts in every feed-forward block, plain LoRA on targeted attention layers."""
 
+    @property
+    def choices(self) -> int | None:
+        return self.top_k
+
     def route(self, logits: Tensor, segment: Segment) -> Routes:
         return Routes(*ops.top_k_routing(logits, self.top_k))

@@ -26,6 +26,8 @@ from mlora.adapters.routed import Routed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mlora.ops.lowrank import BlockUpdate
+
 
 class ExpertLora(BaseModel):
     """LoRA settings of the experts alone; what is left out is taken from the adapter."""
@@ -98,6 +100,22 @@ class Mixture(Routed, LoraConfig):
     def route(self, logits: Tensor, segment: Segment) -> Routes:
         """Return who computes which token, from router logits [n, E]."""
         raise NotImplementedError
+
+    def block_update(
+        self, p: Tensors, experts: Mapping[str, Tensors], x: Tensor, site: BlockSite, segment: Segment
+    ) -> BlockUpdate | None:
+        if self.experts.use_dora or self.choices not in (1, 2) or (self.jitter_noise and segment.keys is not None):
+            return None
+        logits = ops.router_logits(x, p["router"])
+        segment.record(site.path, logits)
+        routes = self.route(logits, segment)
+        plain = self.experts.gated(experts, site, self.num_experts)
+        return plain._replace(weights=routes.weights, experts=routes.experts)
+
+    @property
+    def choices(self) -> int | None:
+        """Experts of every token, k, where none overflows and every token has as many; None otherwise."""
+        return None
 
     def block(
         self, p: Tensors, experts: Mapping[str, Tensors], x: Tensor, site: BlockSite, segment: Segment

@@ -105,3 +105,8 @@ def _attend(
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
+
+
+def exclude_attention_from_compilation() -> None:
+    """Keep torch's compiler out of packed attention, whose loop follows the lengths of a batch."""
+    AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))

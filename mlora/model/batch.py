@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,12 +42,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [start, stop) of a packed batch that belong to one adapter, and its sequences' lengths and classes."""
+    """Tokens [start, stop) of a packed batch that belong to one adapter.
+
+    Attributes:
+        adapter: its name; None for the plain base model.
+        start, stop: tokens.
+        lengths: of its sequences.
+        targets: how many of its tokens have one.
+        class_ids: of its sequences, where they have classes.
+    """
 
     adapter: str | None
     start: int
     stop: int
     lengths: tuple[int, ...]
+    targets: int
     class_ids: tuple[int, ...] = ()
 
     @property
@@ -63,6 +72,7 @@ class Batch:
     Attributes:
         input_ids, position_ids: [1, T] int64; positions restart at 0 in every sequence.
         targets: [T] int64, the token that follows where it is a label, `IGNORED` elsewhere.
+        positions: [N] the tokens that have a target, in order.
         rows: [T] row number of each token within its adapter's optimizer step.
         spans: the adapters' tokens, in order.
         steps: optimizer step of each adapter, a part of its random streams.
@@ -73,6 +83,7 @@ class Batch:
     input_ids: Tensor
     position_ids: Tensor
     targets: Tensor
+    positions: Tensor
     rows: Tensor
     spans: tuple[Span, ...]
     steps: dict[str | None, int]
@@ -86,7 +97,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device."""
-        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "targets", "rows")}
+        moved: Any = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
     @classmethod
@@ -106,24 +117,31 @@ class Batch:
                 raise ValueError(f"row {i} has {len(row.input_ids)} tokens and {len(row.labels)} labels")
         adapters = list(dict.fromkeys(row.adapter for row in rows))
         order = tuple(sorted(range(len(rows)), key=lambda i: adapters.index(rows[i].adapter)))
+        packed = [rows[i] for i in order]
+        targets = [_targets(row) for row in packed]
         spans, start = [], 0
         for adapter in adapters:
-            own = [row for row in rows if row.adapter == adapter]
-            lengths = tuple(len(row.input_ids) for row in own)
-            class_ids = tuple(row.class_id for row in own if row.class_id is not None)
+            own = [i for i, row in enumerate(packed) if row.adapter == adapter]
+            lengths = tuple(len(packed[i].input_ids) for i in own)
+            wanted = sum(target != IGNORED for i in own for target in targets[i])
+            class_ids = tuple(row.class_id for row in packed if row.adapter == adapter and row.class_id is not None)
             if class_ids and len(class_ids) < len(own):
                 raise ValueError(f"{len(own) - len(class_ids)} of {len(own)} rows of adapter {adapter!r} have no class")
-            spans.append(Span(adapter, start, start + sum(lengths), lengths, class_ids))
+            spans.append(Span(adapter, start, start + sum(lengths), lengths, wanted, class_ids))
             start += sum(lengths)
 
         def tensor(values: Iterable[Iterable[int]]) -> Tensor:
-            return torch.tensor([v for part in values for v in part], dtype=torch.int64).to(device, non_blocking=True)
+            made = torch.tensor([v for part in values for v in part], dtype=torch.int64)
+            if torch.device(device).type == "cuda":
+                made = made.pin_memory()  # otherwise the copy waits for the device
+            return made.to(device, non_blocking=True)
 
-        packed = [rows[i] for i in order]
+        flat = (target for part in targets for target in part)
         return cls(
             input_ids=tensor(r.input_ids for r in packed)[None],
             position_ids=tensor(range(len(r.input_ids)) for r in packed)[None],
-            targets=tensor(_targets(r) for r in packed),
+            targets=tensor(targets),
+            positions=tensor([[i for i, target in enumerate(flat) if target != IGNORED]]),
             rows=tensor([r.index] * len(r.input_ids) for r in packed),
             spans=tuple(spans),
             steps=steps or {},

@@ -6,7 +6,7 @@ Every family's attention, cache, norms and generation stay transformers' own.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlora import ops
 from mlora.adapters import BlockSite, LinearSite, Segment
 from mlora.adapters.base import BlockSteps
 from mlora.model.adapter import Adapter
 from mlora.model.errors import ModelError
 from mlora.model.scope import Scope
+from mlora.ops.lowrank import BlockUpdate, LowRankUpdate
 
 BLOCK_NAME = re.compile(r"(^|\.)(mlp|feed_forward|feedforward|ffn)$")
 FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|moe")
@@ -36,6 +38,10 @@ DOWN_NAMES = ("down_proj", "w2", "fc2", "fc_out", "c_proj", "dense_4h_to_h")
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, F.gelu, F.relu)
 """What a block without an activation of its own may call instead; the one that agrees is taken."""
+
+
+_NONE = BlockUpdate(None, None, None, 1, 1.0, 0.0)
+"""Of tokens without an adapter."""
 
 
 class AdaptedLinear(nn.Module):
@@ -56,13 +62,44 @@ class AdaptedLinear(nn.Module):
         return self.frozen.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.frozen(x)
         segments = self.scope.split(x.shape[:-1])
         if not any(self._holds(s.adapter) for s in segments):
-            return out
-        flat_x, flat_out = x.flatten(0, -2), out.flatten(0, -2)
-        parts = [self.adapt(flat_x[s.start : s.stop], flat_out[s.start : s.stop], s) for s in segments]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(out.shape)
+            return self.frozen(x)
+        flat = x.flatten(0, -2)
+        updates = self._updates(flat, segments) if ops.fused_available(x) else {}
+        out = self._fused(flat, updates, segments) if updates else self.frozen(flat)
+        if len(updates) < len(segments):
+            parts = [
+                part if i in updates else self.adapt(flat[s.start : s.stop], part, s)
+                for i, (s, part) in enumerate(
+                    zip(segments, out.split([s.stop - s.start for s in segments]), strict=True)
+                )
+            ]
+            out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out.view(*x.shape[:-1], -1)
+
+    def _updates(self, x: Tensor, segments: Sequence[Segment]) -> dict[int, LowRankUpdate]:
+        """Return the updates that kernels can compute, by the number of their segment."""
+        updates = {}
+        for i, s in enumerate(segments):
+            if self._holds(s.adapter):
+                adapter = self.adapters[s.adapter]  # type: ignore[index]
+                update = adapter.method.update(adapter.tensors[self.site.path], x[s.start : s.stop], self.site, s)
+                if update is not None:
+                    updates[i] = update
+        return updates
+
+    def _fused(self, x: Tensor, updates: Mapping[int, LowRankUpdate], segments: Sequence[Segment]) -> Tensor:
+        """Return the frozen output [n, O] with updates."""
+        from mlora.ops import fused
+
+        parts, tensors = [], []
+        for i, update in updates.items():
+            s = segments[i]
+            dropout = fused.dropout_of(s.keys, update.dropout, self.site.path)
+            parts.append(fused.Part(s.start, s.stop, update.scaling, dropout))
+            tensors += [update.a, update.b, update.weights]
+        return fused.adapted_linear(x, self.frozen, parts, tensors)
 
     def adapt(self, x: Tensor, out: Tensor, segment: Segment) -> Tensor:
         """Return the output [n, O] of a segment's adapter from its input [n, D] and the frozen output [n, O]."""
@@ -86,11 +123,45 @@ class AdaptedBlock(nn.Module):
         super().__init__()
         self.frozen, self.site, self.scope, self.adapters = frozen, site, scope, adapters
 
+    @property
+    def _gated(self) -> bool:
+        """Whether the block is of the form that kernels know: act(gate) * up, and no bias at the end."""
+        return len(self.site.ups) == 2 and self.site.down.bias is None
+
+    def _fused(self, x: Tensor, segments: Sequence[Segment]) -> Tensor | None:
+        """Return the output [n, D] from kernels; None where some adapter changes more than they know."""
+        from mlora.ops import fused
+
+        if not any(s.adapter is not None for s in segments):
+            return None
+        parts = []
+        for s in segments:
+            adapter = None if s.adapter is None else self.adapters[s.adapter]
+            site = self.site if adapter is None else adapter.blocks.get(self.site.path, self.site)
+            activation = fused.activation_name(site.activation)
+            if activation is None:
+                return None
+            update = _NONE if adapter is None else self._update(adapter, x[s.start : s.stop], site, s)
+            if update is None:
+                return None
+            streams = [layer.path for layer in (*site.ups, site.down)]
+            parts.append(fused.block_part(update, s.start, s.stop, activation, s.keys, streams))
+        layers = tuple(self._linear(layer).frozen for layer in (*self.site.ups, self.site.down))
+        return fused.feed_forward(x, layers, *zip(*parts, strict=True))
+
+    def _update(self, adapter: Adapter, x: Tensor, site: BlockSite, segment: Segment) -> BlockUpdate | None:
+        experts = {s.name: adapter.tensors[s.path] for s in (*site.ups, site.down) if s.path in adapter.tensors}
+        return adapter.method.block_update(adapter.tensors.get(site.path, {}), experts, x, site, segment)
+
     def forward(self, x: Tensor) -> Tensor:
         segments = self.scope.split(x.shape[:-1])
+        flat = x.flatten(0, -2)
+        if self._gated and ops.fused_available(x):
+            fused = self._fused(flat, segments)
+            if fused is not None:
+                return fused.view(x.shape)
         if not any(self._spans(s.adapter) for s in segments):
             return self.frozen(x)
-        flat = x.flatten(0, -2)
         steps = [self._steps(flat[s.start : s.stop], s) for s in segments]
         inputs = [next(step) for step in steps]
         ups = [self._frozen(site, inputs) for site in self.site.ups]
@@ -280,6 +351,12 @@ class Sites:
             _replace(self.model, path, AdaptedLinear(site.module, site, scope, adapters))
         for path, block in self.blocks.items():
             _replace(self.model, path, AdaptedBlock(self.model.get_submodule(path), block, scope, adapters))
+
+    def exclude_from_compilation(self) -> None:
+        """Keep torch's compiler out of the wrappers, which do what the segments of a batch ask for."""
+        for wrapper in self.model.modules():
+            if isinstance(wrapper, AdaptedLinear | AdaptedBlock):
+                wrapper.forward = torch.compiler.disable(wrapper.forward)  # type: ignore[method-assign]
 
     def unwrap(self) -> None:
         """Take the wrappers away again, so that the model's own names are back."""

@@ -21,8 +21,8 @@ from mlora import ops
 from mlora.adapters import Method, Segment
 from mlora.model import files, head, load
 from mlora.model.adapter import Adapter
-from mlora.model.attention import PACKED
-from mlora.model.batch import IGNORED, Batch, Row
+from mlora.model.attention import PACKED, exclude_attention_from_compilation
+from mlora.model.batch import Batch, Row
 from mlora.model.card import Making
 from mlora.model.errors import ModelError
 from mlora.model.inject import Sites
@@ -85,13 +85,15 @@ class MultiAdapterModel(nn.Module):
         self.hf_model: Any = model
         self.recompute = False
         self.padded = False
+        self._compiled = False
+        self._plain_output = False
         self.scope = Scope()
         self._adapters: dict[str, Adapter] = {}
         self.adapter_modules = nn.ModuleDict()
         self.sites = Sites(model)
         self.sites.wrap(self.scope, self._adapters)
         for layer in self.sites.layers:
-            recompute_in_backward(layer, self.scope, lambda: self.recompute)
+            recompute_in_backward(layer, self.scope, lambda: self.recompute, lambda: self._compiled)
         self._tokenizer: Any = None
         self.train(False)
 
@@ -134,6 +136,17 @@ class MultiAdapterModel(nn.Module):
         multi = cls(model, origin, seed)
         multi.check_packing()
         return multi
+
+    def compile(self) -> None:
+        """Compile what decoder layers do around the adapted modules: norms, rotary embeddings, residual sums.
+
+        The adapted modules and the packed attention stay as they are: they have kernels of their own, and what they
+        do depends on the batch's segments.
+        """
+        if not self._compiled:
+            self._compiled = True
+            self.sites.exclude_from_compilation()
+            exclude_attention_from_compilation()
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -345,21 +358,17 @@ class MultiAdapterModel(nn.Module):
     def forward(self, batch: Batch) -> dict[str, AdapterOutput]:
         """Compute every adapter's losses in one pass; rows of the plain base model get no entry."""
         flight = self._flight(batch, self.training)
-        positions = (batch.targets != IGNORED).nonzero()[:, 0]
         heads = [self._head(span.adapter) for span in batch.spans]
         for span, score in zip(batch.spans, heads, strict=True):
             head.check_classes(span, None if score is None else len(score))
-        with head.last_hidden_states(self.hf_model) as hidden:
-            logits = self._run(flight, batch, positions)
-        targets = batch.targets[positions]
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        hidden, losses = self._token_losses(flight, batch)
         outputs = {}
-        for segment, span, score in zip(flight.segments, batch.spans, heads, strict=True):
+        by_adapter = losses.split([span.targets for span in batch.spans])
+        for segment, span, score, own in zip(flight.segments, batch.spans, heads, by_adapter, strict=True):
             if segment.adapter is None:
                 continue
-            own = losses[torch.searchsorted(positions, span.start) : torch.searchsorted(positions, span.stop)]
             if score is not None:
-                own = head.class_losses(self._packed(batch, hidden[0]), span, score)
+                own = head.class_losses(hidden, span, score)
             aux = self._adapters[segment.adapter].method.aux_loss(list((segment.router_logits or {}).values()))
             outputs[segment.adapter] = AdapterOutput(
                 loss=own.sum() / max(len(own), 1),
@@ -380,12 +389,22 @@ class MultiAdapterModel(nn.Module):
         for name, score in heads.items():
             if score is None:
                 raise ModelError(f"adapter {name!r} has no classification head")
-        hidden = self._hidden_states(batch)
+        hidden = self._hidden_states(self._flight(batch, False), batch)
         found = zip(batch.spans, heads.items(), strict=True)
         return {name: head.class_logits(hidden, span, score) for span, (name, score) in found if score is not None}
 
     def _head(self, adapter: str | None) -> Tensor | None:
         return None if adapter is None else self.adapter_module(adapter).head
+
+    def _token_losses(self, flight: Flight, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what the output layer reads [T, D] and the loss of each target [N]."""
+        targets = batch.targets[batch.positions]
+        if self._plain_output:
+            hidden = self._hidden_states(flight, batch)
+            return hidden, ops.token_losses(hidden[batch.positions], self._output_layer, targets)
+        with head.last_hidden_states(self.hf_model) as kept:
+            logits = self._run(flight, batch, batch.positions)
+        return self._packed(batch, kept[0]), F.cross_entropy(logits.float(), targets, reduction="none")
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, attention_mask: Tensor, adapters: Sequence[str | None]) -> Tensor:
@@ -450,8 +469,8 @@ class MultiAdapterModel(nn.Module):
             positions: [N] into the packed tokens.
             token_ids: [N, C] of the options to compare.
         """
-        hidden = self._hidden_states(batch)[positions]
-        layer = self.hf_model.get_output_embeddings()
+        hidden = self._hidden_states(self._flight(batch, False), batch)[positions]
+        layer = self._output_layer
         logits = torch.einsum("nd,ncd->nc", hidden.float(), layer.weight[token_ids].float())
         bias = getattr(layer, "bias", None)
         return logits if bias is None else logits + bias[token_ids].float()
@@ -497,7 +516,8 @@ class MultiAdapterModel(nn.Module):
         """Find a way to compute sequences side by side that do not see each other, whatever the family does.
 
         The packed attention is tried first, then transformers' own block masks, then padded rows. Linear layers that
-        the family never calls are left out from then on.
+        the family never calls are left out from then on. Also find out whether the family's logits are its output
+        layer's and nothing more (some cap or scale them), so that losses need not hold them all.
 
         Raises:
             ModelError: the family mixes sequences all the same, or its tokens see those that follow.
@@ -525,8 +545,16 @@ class MultiAdapterModel(nn.Module):
                         log.warning(
                             "%s: packed attention does not fit; using %s (%s attention)", family, how, attention
                         )
+                    self._plain_output = self._outputs_plainly()
                     return
         raise ModelError(f"{family} cannot train several sequences at once: {why}")
+
+    def _outputs_plainly(self) -> bool:
+        """Compare the output layer's own product with the logits of the model."""
+        batch = Batch.pack([Row([0, 1, 2], [0, 1, 2])], device=self.device)
+        flight, layer = self._flight(batch, False), self._output_layer
+        logits, hidden = self._run(flight, batch, None), self._hidden_states(flight, batch)
+        return isinstance(layer, nn.Linear) and torch.equal(layer(hidden), logits)
 
     def _follows(self, attention: str) -> bool:
         """Return whether the family takes the attention that it is given."""
@@ -567,9 +595,13 @@ class MultiAdapterModel(nn.Module):
             logits = self._packed(batch, self.hf_model(**self._inputs(batch), **keep).logits)
         return logits[positions] if self.padded and positions is not None else logits
 
-    def _hidden_states(self, batch: Batch) -> Tensor:
-        """Return what the output layer would read [T, D], without dropout."""
-        with self.scope.use(self._flight(batch, False)):
+    @property
+    def _output_layer(self) -> Any:
+        return self.hf_model.get_output_embeddings()
+
+    def _hidden_states(self, flight: Flight, batch: Batch) -> Tensor:
+        """Return what the output layer would read [T, D]."""
+        with self.scope.use(flight):
             return self._packed(batch, head.decoder(self.hf_model)(**self._inputs(batch)).last_hidden_state)
 
     def _packed(self, batch: Batch, out: Tensor) -> Tensor:

@@ -18,11 +18,20 @@ from torch.utils.checkpoint import checkpoint
 from mlora.model.scope import Flight, Scope
 
 
-def recompute_in_backward(layer: nn.Module, scope: Scope, enabled: Callable[[], bool]) -> None:
-    """Let a decoder layer keep only its input for backward, while `enabled()` and gradients are on."""
-    forward = layer.forward
+def recompute_in_backward(
+    layer: nn.Module, scope: Scope, enabled: Callable[[], bool], compiled: Callable[[], bool]
+) -> None:
+    """Let a decoder layer keep only its input for backward, while `enabled()` and gradients are on.
 
-    @wraps(forward)
+    While `compiled()`, the layer's own operations around the adapted modules are compiled by torch.
+    """
+    eager = layer.forward
+    fast = torch.compile(eager)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (fast if compiled() else eager)(*args, **kwargs)
+
+    @wraps(eager)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         flight = scope.flight
         if not enabled() or flight is None or not torch.is_grad_enabled():

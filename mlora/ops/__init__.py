@@ -7,7 +7,9 @@ from typing import Any
 
 _HOME = {
     "dora": ("dora_norm", "frozen_weight", "rescale", "squared_row_norms"),
-    "lowrank": ("expand", "low_rank", "reduce", "select_expert"),
+    "backend": ("fused_available",),
+    "loss": ("token_losses",),
+    "lowrank": ("BlockUpdate", "LowRankUpdate", "apply_update", "expand", "low_rank", "reduce", "select_expert"),
     "pissa": ("principal_directions",),
     "random": ("dropout", "fold", "jitter", "stable_hash", "stream_keys"),
     "routing": (

@@ -5,14 +5,63 @@ Shapes: n tokens, D inputs, O outputs, r rank, E experts, k experts per token.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+class LowRankUpdate(NamedTuple):
+    """What an adapter adds to a frozen linear layer's output, s sum_e w_e B_e A_e d(x), as data.
+
+    Attributes:
+        a: [r, D], or [E, r, D].
+        b: [O, r], or [E, O, r].
+        scaling: s.
+        dropout: probability of dropping an entry of x.
+        weights: [n, E] of the experts; None for a single update.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    dropout: float
+    weights: Tensor | None = None
+
+
+class BlockUpdate(NamedTuple):
+    """What an adapter changes in a gated feed-forward block, as data; see `ops.fused.feedforward` for the mathematics.
+
+    Attributes:
+        gate, up, down: (A, B) of these layers' updates, stacked over experts; None for a layer without.
+        num_experts: E.
+        scaling: s.
+        dropout: probability of dropping an entry of an update's input; each expert drops its own hidden units.
+        weights, experts: [n, k] of each token's chosen experts, none twice; None where there is one for all tokens.
+    """
+
+    gate: tuple[Tensor, Tensor] | None
+    up: tuple[Tensor, Tensor] | None
+    down: tuple[Tensor, Tensor] | None
+    num_experts: int
+    scaling: float
+    dropout: float
+    weights: Tensor | None = None
+    experts: Tensor | None = None
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which adapter products run: the activations' own on an accelerator, float32 on the CPU."""
     return torch.float32 if x.device.type == "cpu" else x.dtype
+
+
+def apply_update(update: LowRankUpdate, x: Tensor, out: Tensor) -> Tensor:
+    """Return out [n, O] with an update of it, from its input x [n, D], dropped out already."""
+    codes = reduce(x, update.a)
+    if update.weights is not None:
+        codes = codes * update.weights[..., None].to(codes.dtype)
+    return out + expand(codes, update.b, update.scaling).to(out.dtype)
 
 
 def low_rank(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -64,9 +64,19 @@ def fold(keys: Tensor, index: Tensor) -> Tensor:
     return _hash(keys + (index.to(torch.int32) + 1) * GOLDEN)
 
 
+def stream_number(stream: str) -> int:
+    """Return the 32-bit signed number of a stream's name."""
+    return _int32(zlib.crc32(stream.encode()))
+
+
+def dropped_levels(p: float) -> int:
+    """Return how many of the 2^16 levels a dropout of probability p drops."""
+    return min(round(p * LEVELS), LEVELS - 1)
+
+
 def random_bits(keys: Tensor, features: int, stream: str) -> Tensor:
     """Return [n, features] int16, uniform over all 2^16 values."""
-    key = _hash(keys ^ _int32(zlib.crc32(stream.encode())))
+    key = _hash(keys ^ stream_number(stream))
     counters = torch.arange((features + 1) // 2, dtype=torch.int32, device=keys.device) * GOLDEN
     return _hash(key[:, None] + counters).view(torch.int16)[:, :features]
 
@@ -80,7 +90,7 @@ def dropout(x: Tensor, keys: Tensor, p: float, stream: str) -> Tensor:
         p: probability in [0, 1); rounded to a multiple of 2^-16.
         stream: name of the stream; equal names give equal masks.
     """
-    dropped = min(round(p * LEVELS), LEVELS - 1)
+    dropped = dropped_levels(p)
     if dropped == 0:
         return x
     keep = random_bits(keys, x.shape[-1], stream) >= dropped - LEVELS // 2

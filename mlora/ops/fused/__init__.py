@@ -1,0 +1,10 @@
+"""Triton kernels for accelerators: low-rank products and experts with counter-based dropout, regenerated in backward.
+
+Each has its definition in plain torch elsewhere in this room (`lowrank.py`, `random.py`) or in `adapters/mixture.py`,
+and tests hold it to that. Import this package only where `ops.fused_available` says so: it needs triton.
+"""
+
+from mlora.ops.fused.feedforward import activation_name, block_part, feed_forward
+from mlora.ops.fused.linear import Part, adapted_linear, dropout_of
+
+__all__ = ["Part", "activation_name", "adapted_linear", "block_part", "dropout_of", "feed_forward"]

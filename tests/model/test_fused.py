@@ -1,0 +1,61 @@
+"""A model whose adapters run in kernels equals the same model in plain torch: losses, gradients, router logits."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from mlora import ops  # noqa: E402
+from mlora.adapters import METHODS  # noqa: E402
+from mlora.model.batch import Batch  # noqa: E402
+from tests.families import awaken, multi, rows  # noqa: E402
+from tests.test_laws import VARIANTS, assert_same, losses_and_gradients  # noqa: E402
+
+CASES = [
+    *((variant, "llama") for variant in VARIANTS),
+    ("mixlora", "gemma2"),
+    ("lora", "phi3"),
+    ("lora", "phi"),
+    ("lora", "qwen2"),
+]
+
+
+@pytest.mark.parametrize(("variant", "family"), CASES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_kernels_change_nothing(variant: str, family: str, recompute: bool, monkeypatch) -> None:
+    if recompute and variant not in ("lora", "mixlora"):
+        pytest.skip("recomputing is the same for every method")
+    model = multi(family).to(DEVICE)
+    ids, mask = rows(6)
+    model.add_adapter("x", VARIANTS[variant])
+    model.add_adapter("plain", METHODS["lora"](r=2, lora_dropout=0.2))
+    awaken(model)
+    model.train()
+    model.recompute = recompute
+    batch = Batch.from_rows(ids, mask, None, ["plain", "x", None, "x", "plain", None], step=3).to(DEVICE)
+    monkeypatch.setattr(ops, "fused_available", lambda x: False)
+    expected = losses_and_gradients(model, batch, ["x", "plain"])
+    calls = count_calls(monkeypatch)
+    monkeypatch.setattr(ops, "fused_available", lambda x: True)
+    found = losses_and_gradients(model, batch, ["x", "plain"])
+    assert calls, "no kernel ran"
+    for name in ("x", "plain"):
+        assert_same(found[name], expected[name], 1e-4)
+
+
+def count_calls(monkeypatch) -> list[str]:
+    """Return a list that grows with every operation that runs in kernels."""
+    from mlora.ops import fused
+
+    calls: list[str] = []
+    for name in ("adapted_linear", "feed_forward"):
+        function = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, _f=function, _n=name: calls.append(_n) or _f(*a))
+    return calls
