@@ -3,7 +3,16 @@
 A command is one function in the file of its group, which is imported here.
 """
 
-from mlora.cli import config, data, doctor, evaluate, export, report, run  # noqa: F401  each registers its commands
+from mlora.cli import (  # noqa: F401  each registers its commands
+    config,
+    data,
+    doctor,
+    evaluate,
+    export,
+    report,
+    reproduce,
+    run,
+)
 from mlora.cli.program import main
 
 __all__ = ["main"]

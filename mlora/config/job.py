@@ -54,6 +54,8 @@ class JobConfig(BaseModel):
     """Rows held out of the training data for that loss, chosen by the seed; 0 holds none out."""
     limit: int | None = Field(None, ge=1)
     """Rows read of each split, for quick looks; all where left out."""
+    eval_limit: int | None = Field(None, ge=1)
+    """Rows of each task that results are of; those of limit where left out."""
     prompt: str | None = None
     """Prompt template of instruction data, by name or path."""
     on_bad_row: OnBadRow = "error"

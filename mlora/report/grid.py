@@ -114,7 +114,10 @@ class Grid:
         """What a reader must know of the numbers."""
         cells = [cell for group in self.groups for task in self.tasks if (cell := self.cell(group, task))]
         seeds = sorted({cell.seeds for cell in cells})
-        over = f"standard deviation over {' or '.join(map(str, seeds))} seeds" if seeds[-1:] > [1] else "standard error"
+        over = "standard error"
+        if seeds[-1:] > [1]:
+            several = " or ".join(str(count) for count in seeds if count > 1)
+            over = f"standard deviation over {several} seeds{', standard error of one' if 1 in seeds else ''}"
         notes = [f"%, ± {over}; {', '.join(f'{task} {metric}' for task, metric in self.tasks.items())}"]
         if any(cell.at_chance for cell in cells):
             notes.append("~ no better than chance by two standard errors")

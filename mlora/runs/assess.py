@@ -27,7 +27,15 @@ def examinations(job: JobConfig) -> list[Examination]:
     tasks = task_names(job.task_name)
     paths = split_paths(job.data, tasks)
     return [
-        Examination(job.name, task, path, job.limit, job.evaluate_batch_size, job.protocol, on_bad_row=job.on_bad_row)
+        Examination(
+            job.name,
+            task,
+            path,
+            job.eval_limit or job.limit,
+            job.evaluate_batch_size,
+            job.protocol,
+            on_bad_row=job.on_bad_row,
+        )
         for task, path in zip(tasks, paths, strict=True)
     ]
 

@@ -103,7 +103,7 @@ def dry_plan(
 ) -> Plan:
     """Plan without weights: the model as shapes only, and the data where it can be had."""
     notes: list[str] = []
-    model = _shapes(origin, notes)
+    model = _unless_unreachable(lambda: shapes(origin), "parameters", notes)
     tokenizer = _unless_unreachable(lambda: load.load_tokenizer(origin), "rows and steps", notes)
     reader = None if tokenizer is None else Reader(tokenizer, cutoff_len, seed)
     jobs = []
@@ -120,12 +120,11 @@ def dry_plan(
     return Plan(origin.given, dtype, device, base, jobs, files, notes)
 
 
-def _shapes(origin: load.Origin, notes: list[str]) -> MultiAdapterModel | None:
+def shapes(origin: load.Origin) -> MultiAdapterModel:
+    """Return a base model without its weights."""
     from transformers import AutoModelForCausalLM
 
-    config = _unless_unreachable(lambda: load.load_config(origin), "parameters", notes)
-    if config is None:
-        return None
+    config = load.load_config(origin)
     with torch.device("meta"):
         return MultiAdapterModel(AutoModelForCausalLM.from_config(config), origin)
 

@@ -91,7 +91,8 @@ class Job:
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint can only be resumed with."""
-        described = self.config.model_dump(mode="json", exclude={"evaluate_steps", "evaluate_batch_size", "eval_data"})
+        only_measured = {"evaluate_steps", "evaluate_batch_size", "eval_data", "eval_limit"}
+        described = self.config.model_dump(mode="json", exclude=only_measured)
         return described | {"random_seed": self.seed, "rows": len(self.samples)}
 
     @property

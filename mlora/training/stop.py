@@ -34,6 +34,11 @@ class Deadline:
         """Whether the time is up."""
         return time.monotonic() >= self._end
 
+    @property
+    def minutes_left(self) -> float | None:
+        """Minutes until then, above 0; None without a limit."""
+        return None if self._end == math.inf else max((self._end - time.monotonic()) / 60, 1e-9)
+
 
 @contextmanager
 def interruptible() -> Iterator[None]:

@@ -103,7 +103,8 @@ def test_the_keys_of_a_job_and_a_method_differ() -> None:
 
 DOCUMENTED = """name protocol task_name data prompt optim scheduler_type warmup_steps warmup_ratio lr momentum
     weight_decay max_grad_norm loraplus_lr_ratio batch_size micro_batch_size evaluate_batch_size num_epochs
-    evaluate_steps on_bad_row group_by_length train_on_inputs eval_data val_set_size limit seed sparse_step""".split()
+    evaluate_steps on_bad_row group_by_length train_on_inputs eval_data val_set_size limit eval_limit seed
+    sparse_step""".split()
 DOCUMENTED_FOR_RUN = """cutoff_len save_step keep_last train_lora_candidate_num train_lora_simultaneously_num
     train_strategy inference_lora_simultaneously_num eval_lora_simultaneously_num evaluate_result
     sweep lora""".split()

@@ -1,0 +1,126 @@
+"""`launch.py reproduce`: the whole grid, in passes, stopped and killed anywhere, and its table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+from mlora.report.paper import AVERAGES, SINGLE_TASK, TASKS, paper_rows
+from mlora.runs.program import finish
+from mlora.runs.reproduce import Reproduction
+from tests import tinybase
+from tests.test_evaluate import write_data
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tinybase.save(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data", rows=16)
+    return tmp_path
+
+
+def grid(base: Path, **flags: object) -> Reproduction:
+    small = {"tasks": "boolq,piqa", "methods": "lora,mixdora", "seeds": "1,2", "scale": "small", "num_epochs": 1}
+    return Reproduction(str(base), **small | {"data_path": "data", "cutoff_len": 256} | flags)
+
+
+def run(base: Path, **flags: object) -> int:
+    asked = grid(base, **flags)
+    return finish(asked.run, asked)
+
+
+def test_the_whole_grid_and_its_table(base: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(base, at_once=5, train_limit=16, test_limit=10) == 0
+    shown = capsys.readouterr().out
+    assert "8 adapters in 2 passes of at most 4" in shown
+    results = json.loads(Path("runs/reproduce/results.json").read_text())
+    assert all(r["n"] == 10 for r in results)
+    values = {(r["adapter"], r["task"]): r["value"] for r in results}
+    assert len(values) == 8 + 2
+    table = Path("runs/reproduce/table.txt").read_text()
+    assert table.strip() in shown
+    rows = {line.split()[0]: line for line in table.splitlines() if line and "(paper)" not in line}
+    for method, label in (("lora", "LoRA"), ("mixdora", "MixDoRA")):
+        for task in ("boolq", "piqa"):
+            seeds = [values[f"{method}_{task}_s{seed}", task] for seed in (1, 2)]
+            assert f"{100 * mean(seeds):.1f} ± {100 * stdev(seeds):.1f}" in rows[label]
+    assert "62.2" in table and "(paper)" in table and "another base model" in table and "tokens/s" in table
+    written = {p: p.stat().st_mtime_ns for p in here.rglob("adapter_model.safetensors")}
+    assert run(base, at_once=5, train_limit=16, test_limit=10) == 0
+    assert {p: p.stat().st_mtime_ns for p in here.rglob("adapter_model.safetensors")} == written
+    assert run(base, at_once=5, train_limit=15, test_limit=10) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_slices_and_a_kill_end_where_one_piece_ends(base: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {"multi_task": True, "tasks": "boolq,piqa", "num_epochs": 3, "batch_size": 8}
+    assert run(base, dir="straight", **flags) == 0
+    slices = 0
+    while not Path("sliced/table.txt").exists():
+        assert run(base, dir="sliced", time_limit=0.05, **flags) == 0
+        slices += 1
+        assert slices < 20
+    assert "go on with the same command" in capsys.readouterr().out
+    command = [sys.executable, str(ROOT / "launch.py"), "reproduce", "--base_model", str(base), "--dir", "killed"]
+    command += ["--tasks", "boolq,piqa", "--methods", "lora,mixdora", "--seeds", "1,2", "--scale", "small"]
+    command += ["--data_path", "data", "--cutoff_len", "256", "--multi_task", "--num_epochs", "3", "--batch_size", "8"]
+    child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    metrics, deadline = here / "killed/pass-01/metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 8):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert run(base, dir="killed", **flags) == 0
+    straight = here / "straight/pass-01/adapters"
+    for other in ("sliced", "killed"):
+        for folder in straight.iterdir():
+            again = here / other / "pass-01/adapters" / folder.name / "adapter_model.safetensors"
+            assert again.read_bytes() == (folder / "adapter_model.safetensors").read_bytes(), (other, folder.name)
+    results = [json.loads((here / d / "results.json").read_text()) for d in ("straight", "sliced", "killed")]
+    named = [sorted((r["adapter"], r["task"], r["value"]) for r in found) for found in results]
+    assert named[0] == named[1] == named[2] and len(named[0]) == 4 * 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"tasks": "boolk"}, "boolq"),
+        ({"methods": "lorra"}, 'did you mean "lora"'),
+        ({"protocols": "letters"}, "letters"),
+        ({"seeds": "one"}, "seed"),
+        ({"seeds": ","}, "--seeds"),
+        ({"batch_size": 8, "micro_batch_size": 3}, "micro_batch_size"),
+        ({"data_path": "nowhere"}, "nowhere"),
+        ({"base_model": "./none"}, "./none"),
+    ],
+)
+def test_bad_input_is_exit_2(
+    base: Path, here: Path, capsys: pytest.CaptureFixture[str], flags: dict, said: str
+) -> None:
+    flags = {"base_model": str(base)} | flags
+    assert run(flags.pop("base_model"), **flags) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error and error.count("\n") <= 15
+
+
+def test_the_published_averages_are_those_of_the_published_figures() -> None:
+    for method, values in SINGLE_TASK.items():
+        assert mean(values) == pytest.approx(AVERAGES[method], abs=0.06)
+    assert [row[-1] for row in paper_rows(TASKS)] == ["71.8", "75.3", "77.6", "78.2"]
+    assert paper_rows(["glue:sst2"]) == [] and paper_rows(["boolq"])[0] == ["LoRA (paper)", "2.9%", "62.2"]
