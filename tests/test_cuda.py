@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mlora import Batch, MultiAdapterModel
-from mlora.config import RunOptions
+from mlora.config import JobConfig, RunOptions
+from mlora.data import Sample
 from mlora.data.demo import write_demo_data
 from mlora.runs.program import main
+from mlora.training.job import Job
+from mlora.training.trainer import train
 from tests import tinybase
 from tests.families import awaken, rows
 
@@ -98,3 +107,58 @@ def test_generation_on_the_gpu(base: Path) -> None:
     model.add_adapter("m", METHODS["mixlora"])
     texts = model.generate(["one", "two words"], ["m", None], max_new_tokens=5, do_sample=False)
     assert len(texts) == 2
+
+
+def test_resuming_under_deterministic_ends_in_the_same_bits(base: Path, tmp_path: Path) -> None:
+    """Through the real command: what makes cuBLAS deterministic must be set before its first use in a process."""
+    write_demo_data(tmp_path / "data", train=48, test=4)
+    entry = {"task_name": "arc_easy", "data": "data", "r": 4, "batch_size": 8, "micro_batch_size": 4, "lr": 5e-3}
+    entry |= {"num_epochs": 30, "lora_dropout": 0.05}
+    mixture = {"routing_strategy": "mixlora", "num_experts": 4}
+    adapters = [{"name": "a"} | entry, {"name": "b"} | entry | mixture]
+    (tmp_path / "mlora.json").write_text(json.dumps({"save_step": 10, "lora": adapters}))
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, str(root / "launch.py"), "run", "--base_model", str(base), "--deterministic"]
+    straight = subprocess.run(
+        [*command, "--dir", "straight"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert straight.returncode == 0, straight.stderr
+    child = subprocess.Popen([*command, "--dir", "broken"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "broken/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 50):
+        assert child.poll() is None, "it ended before it was stopped"
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(60) == 130
+    again = [*command, "--dir", "broken", "--resume"]
+    resumed = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    for name in "ab":
+        files = [tmp_path / run / "adapters" / name / "adapter_model.safetensors" for run in ("straight", "broken")]
+        one, other = (load_file(file) for file in files)
+        largest = max(float((one[key] - other[key]).abs().max()) for key in one)
+        assert files[0].read_bytes() == files[1].read_bytes(), f"{name}: up to {largest:.1e} apart"
+
+
+def test_running_out_of_memory_on_the_gpu_ends_as_ever(base: Path) -> None:
+    """A real shortage: torch may take only so much of the GPU that the whole micro-batch does not fit."""
+    ends = []
+    for scarce in (False, True):
+        model = MultiAdapterModel.from_pretrained(str(base), device="cuda", dtype="float32")
+        model.add_adapter("a", {"r": 4, "lora_alpha": 8})
+        draw = random.Random(0)
+        rows = [tuple(draw.randrange(3, 200) for _ in range(512)) for _ in range(64)]
+        samples = [Sample(row, row, "t") for row in rows]
+        job = Job(JobConfig(name="a", method=model.adapters["a"], batch_size=64, num_epochs=2), samples, model, 0)
+        torch.cuda.empty_cache()
+        if scarce:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 100 * 2**20) / total)
+        try:
+            train(model, [job], None, lambda stepped: False)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert (job.micro_batch_size < 64) == scarce
+        ends.append({key: tensor.cpu() for key, tensor in model.adapter_tensors("a").items()})
+    for key, tensor in ends[0].items():
+        assert (tensor - ends[1][key]).abs().max() <= 1e-4 * max(tensor.abs().max(), 1e-3), key

@@ -274,3 +274,15 @@ def test_r3_the_log_changes_no_adapter(here: Path, base: Path) -> None:  # noqa:
     assert main(RunOptions(str(base), dir="quiet", limit=12)) == 0
     assert main(RunOptions(str(base), dir="loud", limit=12, debug=True, log_file="elsewhere.log")) == 0
     assert outcome(here / "quiet") == outcome(here / "loud")
+
+
+def test_deterministic_kernels_compute_the_same(here: Path, base: Path, straight: dict[str, Any]) -> None:  # noqa: F811
+    import torch
+
+    write_config(*ADAPTERS, save_step=2)
+    try:
+        assert main(RunOptions(str(base), dir="out", deterministic=True)) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert outcome(here / "out") == straight

@@ -96,9 +96,14 @@ class Checkpoints:
             self._writing.join()
             self.check()
 
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writing is not None and self._writing.is_alive()
+
     def check(self) -> None:
         """Raise CheckpointError where writing has failed meanwhile."""
-        if self._writing is not None and not self._writing.is_alive():
+        if self._writing is not None and not self.writing:
             error, self._writing = self._writing.error, None
             if error is not None:
                 raise CheckpointError(
