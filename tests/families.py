@@ -116,5 +116,5 @@ def awaken(model: MultiAdapterModel, std: float = 0.2) -> None:
     draw = torch.Generator().manual_seed(7)
     for name in model.adapters:
         for kind, parameter in model.adapter_parameters(name):
-            if kind == "lora_B":
+            if kind == "lora_B" or not parameter.any():
                 parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=draw))

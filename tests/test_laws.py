@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
-from mlora.adapters import METHODS, Method
+from mlora.adapters import METHODS, Init, LinearSite, Method, Segment, register
+from mlora.adapters.base import Tensors
+from mlora.adapters.lora import LoraConfig
 from mlora.model.batch import Batch
 from tests.families import FAMILIES, PADDED, awaken, multi, rows
 
@@ -30,13 +36,13 @@ VARIANTS = {
     "mola": METHODS["mola"](**SMALL, num_experts=4),
     "mola-balanced": METHODS["mola"](**SMALL, num_experts=4, top_k=3, router_loss=True),
 }
+for name, cls in METHODS.items():
+    if all(variant.method != name for variant in VARIANTS.values()):  # a new method, by its defaults
+        VARIANTS[name] = cls(**{key: value for key, value in SMALL.items() if key in cls.model_fields})
 UNNORMALISED = {"mixlora-dynamic", "mixlora-switch"}  # weights below one: a new adapter changes the model
 
 CASES = [(v, "llama") for v in VARIANTS] + [
-    (v, f)
-    for v in ("lora", "dora", "mixlora", "mixdora", "mixlora-dynamic", "mixlora-switch", "loramoe", "mola")
-    for f in (*FAMILIES, *PADDED)
-    if f != "llama"
+    (v, f) for v in ("dora", "mixdora", *METHODS) for f in (*FAMILIES, *PADDED) if f != "llama"
 ]
 
 
@@ -59,8 +65,12 @@ def assert_same(one, other, tolerance=2e-5):
 
 
 @pytest.mark.parametrize(("variant", "family"), CASES)
-def test_laws(variant: str, family: str, tmp_path) -> None:
-    method: Method = VARIANTS[variant]
+def test_laws(variant: str, family: str, tmp_path: Path) -> None:
+    obeys(VARIANTS[variant], family, tmp_path, changes_nothing_yet=variant not in UNNORMALISED)
+
+
+def obeys(method: Method, family: str, tmp_path: Path, changes_nothing_yet: bool = True) -> None:
+    """Hold a method to the laws on a tiny model of a family."""
     model = multi(family)
     ids, mask = rows(6)
     frozen = model.logits(ids, mask, [None] * 6)
@@ -69,7 +79,7 @@ def test_laws(variant: str, family: str, tmp_path) -> None:
     model.add_adapter("plain", METHODS["lora"](r=2, lora_dropout=0.2))
     real = mask.bool()
     start = model.logits(ids, mask, ["x"] * 6)
-    if variant not in UNNORMALISED:
+    if changes_nothing_yet:
         assert (start - frozen)[real].abs().max() < 1e-5, "a new adapter changes the model"
 
     awaken(model)
@@ -80,7 +90,7 @@ def test_laws(variant: str, family: str, tmp_path) -> None:
         alone = model.logits(ids[own], mask[own], [name] * len(own))
         assert (alone - mixed[own])[real[own]].abs().max() < 1e-5, f"{name}: company changes logits"
         effect = (alone - frozen[own])[real[own]].abs().max()
-        assert (effect > 1e-2) if name else (effect < 1e-5), f"{name}: effect {effect}"
+        assert (effect > 1e-3) if name else (effect < 1e-5), f"{name}: effect {effect}"
 
     model.train()
     together = losses_and_gradients(model, Batch.from_rows(ids, mask, None, owners), ["x", "plain"])
@@ -94,7 +104,8 @@ def test_laws(variant: str, family: str, tmp_path) -> None:
         assert_same(again[name], together[name])
     model.eval()
     without = losses_and_gradients(model, Batch.from_rows(ids, mask, None, owners), ["x"])
-    assert without["x"][0] != together["x"][0], "dropout does nothing in training"
+    random = any(value for key, value in method.model_dump().items() if key.endswith(("dropout", "jitter_noise")))
+    assert (without["x"][0] != together["x"][0]) == random, "dropout does nothing in training, or something else does"
 
     model.save_adapter("x", tmp_path / "x")
     model.load_adapter(tmp_path / "x", "copy")
@@ -105,3 +116,39 @@ def test_laws(variant: str, family: str, tmp_path) -> None:
     padded = torch.cat([torch.zeros_like(ids), ids], 1), torch.cat([torch.zeros_like(mask), mask], 1)
     left = model.logits(*padded, owners)[:, ids.shape[1] :]
     assert (left - mixed)[real].abs().max() < 1e-5, "padding changes logits"
+
+
+def test_a_new_method_is_one_class(tmp_path: Path) -> None:
+    """ARCHITECTURE.md's recipe: declare tensors, compute, register."""
+    before = dict(METHODS)
+    try:
+
+        @register("scaled")
+        class ScaledConfig(Method):
+            """Scales each output of a targeted linear layer: y = (1 + l) W x."""
+
+            strength: float = 1.0
+            """Factor on what is learned."""
+
+            def linear_parameters(self, site: LinearSite) -> dict[str, Init]:
+                return {"scale": Init((site.out_features,))}
+
+            def linear(self, p: Tensors, x: Tensor, out: Tensor, site: LinearSite, segment: Segment) -> Tensor:
+                return out * (1 + self.strength * p["scale"]).to(out.dtype)
+
+        @register("doubled")
+        class DoubledConfig(LoraConfig):
+            """LoRA with an update twice as large."""
+
+            @property
+            def scaling(self) -> float:
+                return 2 * super().scaling
+
+        for method in (ScaledConfig(), ScaledConfig(strength=0.5, target_modules="mlp"), DoubledConfig(**SMALL)):
+            for family in ("llama", "phi3", "falcon"):
+                folder = tmp_path / f"{method.method}-{family}-{method.target_modules}"
+                obeys(method, family, folder)
+        assert json.loads((folder / "x" / "adapter_config.json").read_text())["peft_type"] == "DOUBLED"
+    finally:
+        METHODS.clear()
+        METHODS.update(before)

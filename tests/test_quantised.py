@@ -8,11 +8,8 @@ import pytest
 import torch
 
 from mlora import Batch, MultiAdapterModel
-from mlora.adapters import Segment
 from mlora.model import load
 from mlora.model.attention import PACKED
-from mlora.model.inject import AdaptedLinear
-from mlora.model.scope import Flight
 from mlora.ops.dora import frozen_weight
 from tests import tinybase
 from tests.families import awaken, rows
@@ -42,7 +39,6 @@ PEFT_METHODS = {
     "pissa": {"lora_alpha": 8, "lora_init": "pissa"},
     "dora": {"lora_alpha": 8, "use_dora": True},
 }
-"""All scaled by a power of two, which rounds nothing, wherever a product is scaled."""
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
@@ -65,56 +61,20 @@ def test_agrees_with_peft(base: Path, method: str, bits: str, tmp_path: Path) ->
     real = mask.bool()
     result = theirs(input_ids=ids[real][None], labels=ids[real][None], use_cache=False)
     result.loss.backward()
-    # An int8 layer rounds its input to 256 levels. Where a float differs in its last bit, an entry at the border of
-    # two levels falls to the other; DoRA's factor is applied in another order than PEFT's, so there it happens, and
-    # each layer is compared by itself below. What is the same up to there is held as tightly as anywhere.
-    tolerance = 2e-2 if (bits, method) == ("8bit", "dora") else 1e-5
+    # On the CPU an int8 layer that trains multiplies its dequantised weight in float, so nothing is rounded to levels;
+    # on CUDA it rounds its input to 8 bits, and what differs in a float's last bit may fall to the next level.
     logits = model.logits(ids, mask, ["y"])[real]
-    assert (logits - result.logits[0]).abs().max() <= tolerance * result.logits.abs().max()
+    assert (logits - result.logits[0]).abs().max() <= 1e-5 * result.logits.abs().max()
     assert (logits - model.logits(ids, mask, [None])[real]).abs().max() > 1e-2
-    assert out.loss.item() == pytest.approx(result.loss.item(), rel=1e-5 if tolerance < 1e-4 else 1e-3)
+    assert out.loss.item() == pytest.approx(result.loss.item(), rel=1e-5)
     ours, expected = model.adapter_gradients("y"), gradients(theirs)
     assert ours.keys() == expected.keys() and ours
     for name, gradient in expected.items():
-        assert (ours[name] - gradient).abs().max() <= tolerance * gradient.abs().max(), name
+        assert (ours[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
     theirs.save_pretrained(tmp_path / "theirs")
     model.load_adapter(tmp_path / "theirs", "z")
     assert torch.equal(model.logits(ids, mask, ["z"])[real], logits)
-
-
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
-@pytest.mark.parametrize("method", PEFT_METHODS)
-def test_each_layer_agrees_with_peft(base: Path, method: str, bits: str, tmp_path: Path) -> None:
-    """Given the same input and the same gradient of its output, also where layers in a row would round apart."""
-    model = MultiAdapterModel.from_pretrained(str(base), quantization=bits)
-    model.add_adapter("x", {"r": 4, **PEFT_METHODS[method]})
-    awaken(model)
-    model.save_adapter("x", tmp_path)
-    model.load_adapter(tmp_path, "y")
-    origin = load.find(str(base))
-    frozen = load.load_model(origin, load.load_config(origin), torch.float32, "cpu", bits, PACKED)
-    theirs = peft.PeftModel.from_pretrained(frozen, tmp_path, is_trainable=True)
-    draw = torch.Generator().manual_seed(0)
-    flight = Flight([Segment("y", 0, 10)])
-    for path, site in model.sites.linears.items():
-        x, dy = (torch.randn(10, n, generator=draw) for n in (site.in_features, site.out_features))
-        theirs_x, ours_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-        expected = theirs.base_model.model.get_submodule(path)(theirs_x)
-        with model.scope.use(flight):
-            found = adapted(model, path)(ours_x)
-        (expected * dy).sum().backward()
-        (found * dy).sum().backward()
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), path
-        assert (ours_x.grad - theirs_x.grad).abs().max() <= 1e-5 * theirs_x.grad.abs().max(), path
-    ours, expected_gradients = model.adapter_gradients("y"), gradients(theirs)
-    for name, gradient in expected_gradients.items():
-        assert (ours[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
-
-
-def adapted(model: MultiAdapterModel, path: str) -> AdaptedLinear:
-    """Return the wrapper at a linear layer."""
-    return next(m for m in model.hf_model.modules() if isinstance(m, AdaptedLinear) and m.site.path == path)
 
 
 @pytest.mark.parametrize("name", METHODS)

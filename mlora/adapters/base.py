@@ -33,12 +33,19 @@ METHODS: dict[str, type[Method]] = {}
 
 
 def register(name: str) -> Callable[[type[Method]], type[Method]]:
-    """Make a method available under its name, the value of `routing_strategy` ("lora" where there is none)."""
+    """Make a method available under its name, the value of `routing_strategy` ("lora" where there is none).
+
+    A method that says no `peft_type` and `file_prefix` of its own gets its name: those of a registered method that it
+    extends would have its files read as that method's.
+    """
 
     def add(cls: type[Method]) -> type[Method]:
         if name in METHODS:
             raise ValueError(f"method {name!r} is already registered by {METHODS[name].__qualname__}")
         cls.method = name
+        owner = next(c for c in cls.__mro__ if "peft_type" in vars(c))
+        if owner is Method or (owner is not cls and owner in METHODS.values()):
+            cls.peft_type, cls.file_prefix = name.upper(), name
         METHODS[name] = cls
         return cls
 
@@ -183,13 +190,13 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     method: ClassVar[str] = ""
-    peft_type: ClassVar[str] = "LORA"
+    peft_type: ClassVar[str] = ""
     spans_blocks: ClassVar[bool] = False
     """Whether it computes feed-forward blocks as a whole, by `block`, rather than single linear layers."""
     counts_tokens: ClassVar[bool] = False
     """Whether what a token gets depends on how many came before it in its sequence, padding not among them; then
     generation computes whole sequences at every step, without a cache and without padding."""
-    file_prefix: ClassVar[str] = "base_model.model"
+    file_prefix: ClassVar[str] = ""
     """First part of tensor names in a saved file."""
 
     target_modules: tuple[str, ...] | Literal["all-linear", "attention", "mlp"] = "all-linear"

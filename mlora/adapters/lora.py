@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -80,6 +80,9 @@ class LowRank(Method):
 @register("lora")
 class LoraConfig(LowRank):
     """A low-rank update of each targeted linear layer."""
+
+    peft_type: ClassVar[str] = "LORA"
+    file_prefix: ClassVar[str] = "base_model.model"
 
     use_dora: bool = False
     """Train the norms of the updated weight's rows apart from their directions (DoRA)."""
