@@ -208,6 +208,9 @@ def _to_file(method: Method, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return config
 
 
+_STARTS = ("gaussian", "orthogonal", "eva", "true", "false")
+"""Starts of PEFT's that leave the base model as it is; the others (pissa, olora, loftq, ...) take from its weights."""
+
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": (False,),
@@ -221,6 +224,12 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "exclude_modules": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None, False),
 }
 """Keys that change what an adapter computes, with the values that leave it a plain one."""
 
@@ -233,7 +242,7 @@ def _from_file(config: dict[str, Any], path: Path) -> Method:
     method = METHODS[name]
     known = {key: value for key, value in config.items() if key in method.model_fields}
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.split("_")[0] in ("pissa", "olora", "corda", "loftq"):
+    if isinstance(start, str) and start not in _STARTS:
         raise AdapterFileError(
             f"{path}: init_lora_weights: {start!r} belongs to a base model that PEFT has changed; save it there with "
             "path_initial_model_for_weight_conversion"

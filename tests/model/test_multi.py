@@ -316,9 +316,18 @@ class TestFiles:
 
     def test_what_we_cannot_compute_is_refused(self, saved: Path) -> None:
         config = json.loads((saved / "adapter_config.json").read_text())
-        for key, value in (("bias", "all"), ("rank_pattern", {"q_proj": 2}), ("modules_to_save", ["lm_head"])):
+        for key, value in (
+            ("bias", "all"),
+            ("rank_pattern", {"q_proj": 2}),
+            ("modules_to_save", ["lm_head"]),
+            ("layer_replication", [[0, 2], [1, 2]]),
+            ("alora_invocation_tokens", [1]),
+        ):
             (saved / "adapter_config.json").write_text(json.dumps(config | {key: value}))
             self.refused(saved, f"{key}: .* is not supported")
+        for start in ("pissa_niter_4", "loftq", "lora_ga"):
+            (saved / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": start}))
+            self.refused(saved, f"{start}' belongs to a base model that PEFT has changed")
         (saved / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
         self.refused(saved, "method 'ia3' is unknown")
 
