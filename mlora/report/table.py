@@ -35,8 +35,8 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(results: Sequence[Mapping[str, Any]], protocol: str) -> str:
-    base = {(r["task"], r["metric"]): r for r in results if r["adapter"] == BASE}
     shown = [r for r in results if r["adapter"] != BASE] or list(results)
+    base = {(r["task"], r["metric"]): r for r in results if r["adapter"] == BASE and r not in shown}
     rows = []
     for r in shown:
         row = [r["adapter"], r["task"], r["metric"]]

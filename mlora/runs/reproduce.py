@@ -33,8 +33,8 @@ from mlora.tasks import find_task
 from mlora.training.stop import Deadline, Paused, Stopped
 
 SMALL = {
-    "lora": {"r": 32, "lora_alpha": 64, "lr": 5e-4},
-    "mixlora": {"r": 8, "lora_alpha": 16, "num_experts": 4, "lr": 5e-4},
+    "lora": {"r": 16, "lora_alpha": 32, "lr": 5e-4},
+    "mixlora": {"r": 6, "lora_alpha": 12, "num_experts": 4, "lr": 5e-4},
 }
 """Settings of `--scale small`, by whether a template has experts; what they leave out is the paper's."""
 BYTES_PER_PARAMETER = 16
@@ -111,7 +111,8 @@ class Reproduction:
         grid = {"base_model": self.base_model, "lora": resolved(jobs)["lora"], "cutoff_len": self.cutoff_len}
         sizes = self._sizes(jobs)
         passes = self._passes(jobs, grid, sizes)
-        print(f"{len(jobs.lora)} adapters in {len(passes)} passes of at most {max(map(len, passes))}", flush=True)
+        count = "one pass" if len(passes) == 1 else f"{len(passes)} passes of at most {max(map(len, passes))}"
+        print(f"{len(jobs.lora)} adapters in {count}", flush=True)
         if self.dry_run:
             print("\n".join(f"  {job.name}: {job.task_name}, seed {job.seed}" for job in jobs.lora))
             return
