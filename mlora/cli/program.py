@@ -21,8 +21,9 @@ Fine-tune several adapters at once over one frozen language model.
 2. edit      open mlora.json; `launch.py schema` lists every key
 3. run       python launch.py run --base_model BASE_MODEL
              trains all adapters together, then evaluates each
-4. evaluate  python launch.py run --base_model BASE_MODEL --evaluate
-             evaluates saved adapters again
+4. evaluate  python launch.py evaluate --base_model BASE_MODEL \\
+               --adapter FOLDER --tasks "boolq;piqa"
+             scores saved adapters on any tasks
 5. compare   python launch.py report RUN...
              makes one page of tables and charts
 """

@@ -70,7 +70,9 @@ def spanning(
     if not finite:
         return None
     low, high = min(finite), max(finite)
-    least = 0.05 * max(abs(low), abs(high)) or 1.0  # closer than that, rounding noise would fill the chart
+    least = (
+        max(0.05 * max(abs(low), abs(high)), 1e-30) if low or high else 1.0
+    )  # closer than that, rounding noise would fill the chart
     if high - low < least:
         low, high = (low + high - least) / 2, (low + high + least) / 2
     room = 0.04 * (high - low)

@@ -88,8 +88,8 @@ def training_seconds(record: Record) -> float:
 
     Each adapter tells in how much time its steps were taken; those that share forwards share that time.
     """
-    simultaneously = record.config.get("train_lora_simultaneously_num") or len(record.curves)
-    ends = [0.0] * max(1, simultaneously)
+    simultaneously = record.config.get("train_lora_simultaneously_num")
+    ends = [0.0] * max(1, simultaneously if isinstance(simultaneously, int) else len(record.curves))
     for pace in paces(record):
         ends[ends.index(min(ends))] += pace.seconds
     return max(ends)

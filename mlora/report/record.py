@@ -14,6 +14,8 @@ from mlora.report.curve import Curve
 
 BASE = "base model"
 """What results call the plain base model."""
+LARGEST = 1e100
+"""Numbers from here on are taken for damage."""
 MISSING = object()
 """What is read of a file that cannot be."""
 
@@ -121,7 +123,7 @@ def _read_metrics(record: Record) -> None:
     if not (record.path / "metrics.jsonl").exists():
         record.notes.append("metrics.jsonl is missing.")
         return
-    for line in _lines(record, "metrics.jsonl", lambda line: _is_number(line.get("step"))):
+    for line in _lines(record, "metrics.jsonl", lambda line: _is_step(line.get("step"))):
         if "task" in line:
             if _is_result(line):
                 record.evaluations.append(line)
@@ -129,8 +131,9 @@ def _read_metrics(record: Record) -> None:
         for key, value in line.items():
             if key in ("adapter", "step"):
                 continue
-            if value is None or (_is_number(value)):
-                curves[line["adapter"]][key].add(line["step"], math.nan if value is None else value)
+            if value is None or isinstance(value, int | float):
+                number = math.nan if value is None or not _is_number(value) else float(value)
+                curves[line["adapter"]][key].add(line["step"], number)
     record.curves = {name: {k: c.sorted() for k, c in quantities.items()} for name, quantities in curves.items()}
 
 
@@ -159,7 +162,12 @@ def _is_text(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that can be drawn: what is larger is no measurement, and its square no float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12
 
 
 def _is_result(entry: object) -> bool:
@@ -167,7 +175,8 @@ def _is_result(entry: object) -> bool:
         isinstance(entry, dict)
         and all(_is_text(entry.get(key)) for key in ("adapter", "task", "metric"))
         and _is_number(entry.get("value"))
-        and (entry.get("standard_error") is None or _is_number(entry["standard_error"]))
+        and all(entry.get(key) is None or _is_number(entry[key]) for key in ("standard_error", "n", "chance"))
+        and (entry.get("protocol") is None or _is_text(entry["protocol"]))
     )
 
 
@@ -175,10 +184,22 @@ def _is_profile(line: dict[str, Any]) -> bool:
     """Whether a line holds shares of every router; a profile that is only of an evaluation has no step."""
     layers = line.get("layers")
     return (
-        (_is_number(line.get("step")) or (line.get("step") is None and line.get("split") != "train"))
+        (_is_step(line.get("step")) or (line.get("step", 0) is None and line.get("split") != "train"))
+        and all(line.get(key) is None or _is_text(line[key]) for key in ("task", "protocol", "split"))
         and isinstance(layers, list)
         and len(layers) > 0
-        and all(isinstance(layer, dict) and "layer" in layer and _are_shares(layer.get("share")) for layer in layers)
+        and all(map(_is_layer, layers))
+        and len({len(layer["share"]) for layer in layers}) == 1
+    )
+
+
+def _is_layer(layer: object) -> bool:
+    return (
+        isinstance(layer, dict)
+        and "layer" in layer
+        and _are_shares(layer.get("share"))
+        and isinstance(layer.get("dead", []), list)
+        and all(layer.get(key) is None or _is_number(layer[key]) for key in ("entropy", "balance"))
     )
 
 

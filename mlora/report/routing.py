@@ -54,7 +54,7 @@ def _last(record: Record) -> dict[str, Profile]:
 
 
 def _rank(profile: Profile) -> tuple[bool, float]:
-    return profile.get("split") == "train", profile["step"] or 0
+    return profile.get("split") == "train", profile.get("step") or 0
 
 
 def _maps(record: Record, styles: Styles) -> list[HeatMap]:
@@ -104,7 +104,7 @@ def _course(records: Sequence[Record], styles: Styles, key: str, title: str, lab
     for record in records:
         curves: dict[str, Curve] = defaultdict(Curve)
         for profile in record.router:
-            values = [layer[key] for layer in profile["layers"] if isinstance(layer.get(key), int | float)]
+            values = [layer[key] for layer in profile["layers"] if layer.get(key) is not None]
             if profile.get("split") == "train" and values:
                 curves[profile["adapter"]].add(profile["step"], sum(values) / len(values))
         lines += [Line(styles.of(record.name, name), curve.sorted()) for name, curve in curves.items()]

@@ -119,7 +119,7 @@ def competitors(record: Record) -> list[Competitor]:
     for group in _groups(record):
         first = record.entries.get(group[0])
         label = group[0] if len(group) == 1 else _stem(group, record) or str(_method(first))
-        seeds = len({record.entries.get(name, {}).get("seed") for name in group})
+        seeds = len({_seed(record, name) for name in group})
         detail = describe(first) + (f" · {seeds} seeds" if seeds > 1 else "")
         found.append(Competitor(record.name, label, detail, tuple(group), record.parameters(group[0]), seeds))
     return found
@@ -145,11 +145,10 @@ def _method(entry: dict[str, Any] | None) -> Any:
 
 def _groups(record: Record) -> list[list[str]]:
     """Return adapters in groups of equal settings, none of which has two scores for one task and seed."""
-    groups: list[tuple[str, set[tuple[str, Any]], list[str]]] = []
+    groups: list[tuple[str, set[tuple[str, str]], list[str]]] = []
     for name in record.adapters:
         entry = record.entries.get(name)
-        seed = None if entry is None else entry.get("seed")
-        tasks = {(r["task"], seed) for r in record.results if r["adapter"] == name}
+        tasks = {(r["task"], _seed(record, name)) for r in record.results if r["adapter"] == name}
         if not tasks:
             continue
         same = name if entry is None else json.dumps({k: v for k, v in entry.items() if k not in _NOT_HOW})
@@ -161,6 +160,10 @@ def _groups(record: Record) -> list[list[str]]:
         else:
             groups.append((same, tasks, [name]))
     return [members for _, _, members in groups]
+
+
+def _seed(record: Record, adapter: str) -> str:
+    return str(record.entries.get(adapter, {}).get("seed"))
 
 
 def _stem(group: Sequence[str], record: Record) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from html.parser import HTMLParser
@@ -207,6 +210,39 @@ def test_a_damaged_file_costs_only_what_it_held(run: Path, name: str, damage: st
     assert "Environment" in page.all("h2")
     assert name == "results.json" or "Results" in page.all("h2")
     assert name == "metrics.jsonl" or "Training" in page.all("h2")
+
+
+ODD = (None, True, -1, 0, 1e308, 1e-320, "x", "", [], {}, [1], {"a": 1}, [[]], 10**30, math.nan, math.inf)
+
+
+def mangled(value: object, draw: random.Random, chance: float) -> object:
+    """Return a JSON value of which parts are left out or replaced."""
+    if draw.random() < chance:
+        return draw.choice(ODD)
+    if isinstance(value, dict):
+        return {k: mangled(v, draw, chance) for k, v in value.items() if draw.random() > chance / 2}
+    if isinstance(value, list):
+        return [mangled(item, draw, chance) for item in value]
+    return value
+
+
+@pytest.mark.parametrize("chance", [0.01, 0.05, 0.2])
+def test_mangled_values_never_fail_a_report(tmp_path: Path, chance: float) -> None:
+    for seed in range(40):
+        draw = random.Random(seed)
+        folder = write_run(tmp_path / "run", [adapter("plain"), mixture("mixture")], steps=6, evaluations=(2, 4))
+        for file in folder.glob("*.json*"):
+            texts = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+            file.write_text("".join(json.dumps(mangled(json.loads(text), draw, chance)) + "\n" for text in texts))
+        Page(report([folder]))
+
+
+def test_the_command_loads_no_torch(run: Path) -> None:
+    program = (
+        f"import sys; from mlora.runs.report import write_report; write_report([{str(run)!r}], {str(run / 'a')!r})"
+    )
+    program += "; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
