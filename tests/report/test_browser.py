@@ -15,6 +15,9 @@ from tests.browser import browser, show_as
 from tests.report.runs import adapter, mixture, write_run
 
 pytestmark = pytest.mark.slow
+SCROLL = """const [element, done] = arguments;
+    element.scrollIntoView({block: 'center'});
+    requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 50)))"""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def test_values_are_shown_where_the_reader_points(page: Any) -> None:
     for figure in page.find_elements("css selector", "figure.chart"):
         kind, svg = figure.get_attribute("data-kind"), figure.find_element("css selector", ":scope > svg")
         target = svg.find_element("css selector", ".dot") if kind == "dots" else svg
-        page.execute_script("arguments[0].scrollIntoView({block: 'center'})", svg)
+        page.execute_async_script(SCROLL, svg)  # a scroll that ends later would hide the values again
         ActionChains(page).move_to_element(target).perform()
         found.setdefault(kind, []).append(page.find_element("id", "tip").text)
     assert all(texts and all(texts) for texts in found.values()), found
