@@ -156,28 +156,70 @@ sys.exit(main(RunOptions({str(base)!r}, dir="out")))
     assert child.returncode == 130 and "Traceback" not in error, error
 
 
-def children(process: int) -> list[int]:
-    with suppress(OSError):
-        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    return []
+class Forked:
+    """The training program in a process made from this one, which has everything loaded already."""
+
+    def __init__(self, options: RunOptions) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            for stream in (1, 2):
+                os.dup2(os.open("shown.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            os._exit(main(options))
+        self.status: int | None = None
+
+    def poll(self) -> int | None:
+        if self.status is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if done else None
+        return self.status
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]) == -signal.SIGKILL
+
+
+class Launched:
+    """The real command, of which the training program is a child."""
+
+    def __init__(self, options: RunOptions) -> None:
+        command = [
+            sys.executable,
+            str(ROOT / "launch.py"),
+            "run",
+            *options.arguments(),
+            f"--base_model={options.base_model}",
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open("shown.txt", "a") as shown:
+            self.process = subprocess.Popen(command, env=environment, stdout=shown, stderr=shown)
+        self.poll = self.process.poll
+
+    def kill(self) -> None:
+        own = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        while not (programs := own.read_text().split()):
+            time.sleep(0.01)
+        for program in programs:
+            os.kill(int(program), signal.SIGKILL)
+        assert self.process.wait(60) == 128 + signal.SIGKILL
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the training program through /proc")
+@pytest.mark.parametrize(("program", "share"), [(Forked, 1), (Launched, 5)])
 def test_r2_killed_at_random_and_resumed_ends_in_the_same_bits(
     here: Path,
     base: Path,  # noqa: F811
     kills: int,
     seed: int,
+    program: type[Forked | Launched],
+    share: int,
 ) -> None:
-    """Through the real command; one kill in ten while it still loads, the others while it trains and saves."""
-    draw = random.Random(seed)
+    """One kill in ten while it still loads, the others while it trains and saves."""
+    draw, kills = random.Random(seed), max(kills // share, 1)
     entries = [entry | {"num_epochs": 6 + kills, "evaluate_steps": None} for entry in ADAPTERS]
     write_config(*entries, save_step=1)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    assert launch("run", "--base_model", base, "--dir", "straight", env=environment).returncode == 0
+    assert main(RunOptions(str(base), dir="straight")) == 0
     expected = outcome(here / "straight")
-    command = [sys.executable, str(ROOT / "launch.py"), "run", "--base_model", str(base), "--dir", "broken"]
     metrics = here / "broken" / "metrics.jsonl"
     reached = []
 
@@ -185,24 +227,19 @@ def test_r2_killed_at_random_and_resumed_ends_in_the_same_bits(
         return metrics.read_text().count("\n") if metrics.exists() else 0
 
     for number in range(kills):
-        with (here / "shown.txt").open("w+") as shown:
-            again = ["--resume"] if metrics.exists() else []
-            child = subprocess.Popen([*command, *again], env=environment, stdout=shown, stderr=shown)
-            if number % 10 == 9:
-                time.sleep(draw.uniform(0, 6))
-            else:
-                begun, wanted = lines(), draw.randint(1, 7)
-                while (now := lines()) < begun + wanted:
-                    begun = min(begun, now)  # steps after the last checkpoint are taken again
-                    assert child.poll() is None, shown.seek(0) or shown.read()
-                    time.sleep(0.002)
-                time.sleep(draw.uniform(0, 0.03))
-            for program in children(child.pid):
-                os.kill(program, signal.SIGKILL)
-            assert child.wait(60) == 128 + signal.SIGKILL, shown.seek(0) or shown.read()
+        child = program(RunOptions(str(base), dir="broken", resume=metrics.exists()))
+        if number % 10 == 9:
+            time.sleep(draw.uniform(0, 1))
+        else:
+            begun, wanted = lines(), draw.randint(1, 7)
+            while (now := lines()) < begun + wanted:
+                begun = min(begun, now)  # steps after the last checkpoint are taken again
+                assert child.poll() is None, Path("shown.txt").read_text()
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.03))
+        child.kill()
         reached.append(lines())
-    resumed = launch("run", "--base_model", base, "--dir", "broken", "--resume", env=environment)
-    assert resumed.returncode == 0, resumed.stderr
+    assert main(RunOptions(str(base), dir="broken", resume=True)) == 0
     found = outcome(here / "broken")
     assert found["weights"].keys() == {"a", "b", "c"} and found == expected
     assert not list((here / "broken").glob("**/.*")), "a temporary file was left"

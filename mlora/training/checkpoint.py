@@ -155,7 +155,8 @@ class Checkpoints:
         kept = sorted(moments)[-self.keep :]
         for path, state in states.items():
             if path in self._passed_over or not (state.get("moment", -1) in kept or state.get("done")):
-                shutil.rmtree(path)
+                # out of sight first: half-removed, it would look damaged
+                shutil.rmtree(path.rename(path.with_name(f".{path.name}")))
 
     def _place(self, job: Job) -> Path:
         within = f"-{job.row}" if job.row else ""
