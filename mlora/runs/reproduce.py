@@ -25,6 +25,7 @@ from mlora.config.templates import find_template
 from mlora.data import split_paths, task_names
 from mlora.model import load
 from mlora.report.paper import TASKS
+from mlora.report.table import BASE
 from mlora.runs.folder import RunFolder
 from mlora.runs.paper import cost, paper_tables
 from mlora.runs.plan import shapes
@@ -108,7 +109,8 @@ class Reproduction:
         """
         deadline, place = Deadline(self.time_limit), Path(self.dir)
         jobs = self._jobs()
-        grid = {"base_model": self.base_model, "lora": resolved(jobs)["lora"], "cutoff_len": self.cutoff_len}
+        grid: dict[str, Any] = {"base_model": self.base_model, "dtype": self.dtype, "quantize": self.quantize}
+        grid |= {"cutoff_len": self.cutoff_len, "lora": resolved(jobs)["lora"]}
         sizes = self._sizes(jobs)
         passes = self._passes(jobs, grid, sizes)
         count = "one pass" if len(passes) == 1 else f"{len(passes)} passes of at most {max(map(len, passes))}"
@@ -220,6 +222,7 @@ class Reproduction:
         started = time.monotonic()
         try:
             Run(options).run()
+            shutil.rmtree(place / "checkpoints")  # nothing goes on from them any more, and they are large
         except Stopped as error:
             raise type(error)(self._goes_on) from None
         finally:
@@ -274,5 +277,6 @@ def _free_bytes() -> float:
 def _missing(folder: RunFolder, jobs: Sequence[JobConfig]) -> int:
     """Return how many results of a pass are not there."""
     found = {(r["adapter"], r["task"], r["metric"]) for r in folder.read_results()}
-    tasks = {(job.name, find_task(task, job.protocol)) for job in jobs for task in task_names(job.task_name)}
-    return len({(name, task.name, metric) for name, task in tasks for metric in task.metrics} - found)
+    asked = {(job.name, find_task(task, job.protocol)) for job in jobs for task in task_names(job.task_name)}
+    asked |= {(BASE, task) for _, task in asked if not task.labels}
+    return len({(name, task.name, metric) for name, task in asked for metric in task.metrics} - found)
