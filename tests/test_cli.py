@@ -30,6 +30,8 @@ FAST = [
     ["avail"],
     ["schema"],
     ["run", "--help"],
+    ["evaluate", "--help"],
+    ["reproduce", "--help"],
 ]
 CONFIG = {"lora": [{"name": "a"}]}
 
