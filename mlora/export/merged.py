@@ -32,6 +32,9 @@ def write(source: Source, folder: Path, title: str, dtype: torch.dtype) -> None:
     if type(method) is not LoraConfig:
         raise refusal("merged", method, "its updates differ from token to token, so no one weight holds them")
     model = source.weights(dtype)
+    tied = model.sites.output and model.hf_model.config.get_text_config().tie_word_embeddings
+    if tied and not model.sites.output.keys().isdisjoint(model.adapter_module(NAME).tensors):
+        raise refusal("merged", method, "it adapts an output layer that shares its weight with the embeddings")
     before = probe(model)
     merge_linears(model, method)
     _report(before, probe(model, None), dtype)
@@ -48,7 +51,7 @@ def write(source: Source, folder: Path, title: str, dtype: torch.dtype) -> None:
 def merge_linears(model: MultiAdapterModel, config: LoraConfig) -> None:
     """Merge the adapter's updates of single linear layers into their frozen weights; experts stay as they are."""
     for path, tensors in model.adapter_module(NAME).tensors.items():
-        site = model.sites.linears.get(path)
+        site = (model.sites.linears | model.sites.output).get(path)
         if site is not None and tensors["lora_A"].ndim == 2:
             site.module.weight.copy_(merged(site.module.weight, tensors, config))  # type: ignore[operator, arg-type]
 

@@ -62,9 +62,10 @@ class AdaptedLinear(nn.Module):
         return self.frozen.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        segments = self.scope.split(x.shape[:-1])
-        if not any(self._holds(s.adapter) for s in segments):
+        # asked before the segments: without an adapter of its own, an output layer may be given any tokens
+        if not any(self._holds(name) for name in self.scope.names()):
             return self.frozen(x)
+        segments = self.scope.split(x.shape[:-1])
         flat = x.flatten(0, -2)
         updates = self._updates(flat, segments) if ops.fused_available(x) else {}
         out = self._fused(flat, updates, segments) if updates else self.frozen(flat)
@@ -214,10 +215,12 @@ class Sites:
         unspanned: feed-forward blocks whose linear layers can be adapted one by one only, with the reason, by path.
         uncalled: linear layers that the model never calls as such, by path; groups leave them out.
         layers: the decoder layers.
+        output: the output layer, by its path, where it is linear; only asking for it by name adapts it.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.output: dict[str, LinearSite] = {}
         self.linears: dict[str, LinearSite] = {}
         self.blocks: dict[str, BlockSite] = {}
         self.refused: dict[str, str] = {}
@@ -240,6 +243,11 @@ class Sites:
                 self.refused[path] = "is a Conv1D, not a linear layer"
             elif path.rpartition(".")[2] in ("experts", "router") or type(module).__name__.endswith("Experts"):
                 self.refused[path] = "is a mixture of experts of the base model's own"
+        inputs, output = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        self._embeddings = [path for path, module in modules.items() if module is inputs]
+        for path, module in modules.items():
+            if module is output and isinstance(module, nn.Linear) and path not in self.linears:
+                self.output[path] = LinearSite(path, -1, module.in_features, module.out_features, module, False)
         for path, module in modules.items():
             if BLOCK_NAME.search(path) and _layer_of(path) is not None:
                 self._find_block(path, module)
@@ -270,19 +278,22 @@ class Sites:
         """
         if isinstance(wanted, str):
             return self._group(wanted)
-        found = {name: [site for path, site in self.linears.items() if _ends(path, name)] for name in wanted}
-        unknown = [name for name, sites in found.items() if not sites]
+        sites = self.linears | self.output
+        found = {name: [site for path, site in sites.items() if _ends(path, name)] for name in wanted}
+        unknown = [name for name, own in found.items() if not own]
         family = type(self.model).__name__
         if unknown:
-            names = sorted({site.name for site in self.linears.values()})
+            names = sorted({site.name for site in sites.values()})
+            asked = any(_ends(path, name) for path in self._embeddings for name in unknown)
             raise ModelError(
                 f"target_modules: {', '.join(map(repr, unknown))} not in {family}; "
                 f"its linear layers are {', '.join(names) or 'none'}"
+                + ("; embeddings are no linear layer and cannot be adapted" if asked else "")
             )
-        taken = {site.path for sites in found.values() for site in sites}
+        taken = {site.path for own in found.values() for site in own}
         for path in sorted(taken & self.uncalled):
             raise ModelError(f"target_modules: {family} never calls {path}, so an adapter there would have no effect")
-        return [site for path, site in self.linears.items() if path in taken]
+        return [site for path, site in sites.items() if path in taken]
 
     def _group(self, name: str) -> list[LinearSite]:
         inside = {"all-linear": (True, False), "mlp": (True,), "attention": (False,)}[name]
@@ -347,7 +358,7 @@ class Sites:
 
     def wrap(self, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
         """Put wrappers around every linear layer and feed-forward block; without adapters they change nothing."""
-        for path, site in self.linears.items():
+        for path, site in (self.linears | self.output).items():
             _replace(self.model, path, AdaptedLinear(site.module, site, scope, adapters))
         for path, block in self.blocks.items():
             _replace(self.model, path, AdaptedBlock(self.model.get_submodule(path), block, scope, adapters))
@@ -360,7 +371,7 @@ class Sites:
 
     def unwrap(self) -> None:
         """Take the wrappers away again, so that the model's own names are back."""
-        for path in (*self.blocks, *self.linears):
+        for path in (*self.blocks, *self.linears, *self.output):
             wrapper: Any = self.model.get_submodule(path)
             _replace(self.model, path, wrapper.frozen)
 

@@ -25,7 +25,7 @@ from mlora.model.attention import PACKED, exclude_attention_from_compilation
 from mlora.model.batch import Batch, Row
 from mlora.model.card import Making
 from mlora.model.errors import ModelError
-from mlora.model.inject import Sites
+from mlora.model.inject import AdaptedLinear, Sites
 from mlora.model.padded import PaddedRows
 from mlora.model.profile import RouterProfile
 from mlora.model.recompute import recompute_in_backward
@@ -188,6 +188,9 @@ class MultiAdapterModel(nn.Module):
 
     def _add(self, name: str, method: Method, seed: int | None, num_labels: int | None) -> Adapter:
         linears = self.sites.targets(method.target_modules)
+        if method.peft_type != "LORA" and any(site.path in self.sites.output for site in linears):
+            output = ", ".join(self.sites.output)
+            raise ModelError(f"target_modules: {output}: only methods lora, rslora and dora can adapt the output layer")
         blocks = self.sites.all_blocks() if method.spans_blocks else []
         if blocks:  # what no block spans is adapted by itself, wherever it sits
             spanned = {site.path for block in blocks for site in (*block.ups, block.down)}
@@ -268,7 +271,8 @@ class MultiAdapterModel(nn.Module):
     def saved_config(self, name: str) -> Method:
         """Return an adapter's config as its file says it: target modules by name, rather than by group."""
         adapter = self.adapter_module(name)
-        targets = self.sites.names_of(self.sites.linears.keys() & adapter.tensors.keys())
+        sites = self.sites.linears | self.sites.output
+        targets = self.sites.names_of(sites.keys() & adapter.tensors.keys())
         return adapter.method.as_saved().model_copy(update={"target_modules": targets})
 
     def remove_adapter(self, name: str) -> None:
@@ -399,7 +403,7 @@ class MultiAdapterModel(nn.Module):
     def _token_losses(self, flight: Flight, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what the output layer reads [T, D] and the loss of each target [N]."""
         targets = batch.targets[batch.positions]
-        if self._plain_output:
+        if self._plain_output and not self._adapts_output(batch):
             hidden = self._hidden_states(flight, batch)
             return hidden, ops.token_losses(hidden[batch.positions], self._output_layer, targets)
         with head.last_hidden_states(self.hf_model) as kept:
@@ -469,6 +473,8 @@ class MultiAdapterModel(nn.Module):
             positions: [N] into the packed tokens.
             token_ids: [N, C] of the options to compare.
         """
+        if self._adapts_output(batch):
+            return self._run(self._flight(batch, False), batch, positions).float().gather(1, token_ids)
         hidden = self._hidden_states(self._flight(batch, False), batch)[positions]
         layer = self._output_layer
         logits = torch.einsum("nd,ncd->nc", hidden.float(), layer.weight[token_ids].float())
@@ -589,15 +595,24 @@ class MultiAdapterModel(nn.Module):
 
     def _run(self, flight: Flight, batch: Batch, positions: Tensor | None) -> Tensor:
         """Return logits [N, V] at positions [N] of the packed tokens, or at all."""
-        # rows have no positions in common, so of padded ones every logit is computed
-        keep = {} if positions is None or self.padded else {"logits_to_keep": positions}
+        # every logit is computed of padded rows, which have no positions in common, and where an adapter of the output
+        # layer looks for its tokens among all
+        whole = self.padded or self._adapts_output(batch)
+        keep = {} if positions is None or whole else {"logits_to_keep": positions}
         with self.scope.use(flight):
             logits = self._packed(batch, self.hf_model(**self._inputs(batch), **keep).logits)
-        return logits[positions] if self.padded and positions is not None else logits
+        return logits[positions] if whole and positions is not None else logits
+
+    def _adapts_output(self, batch: Batch) -> bool:
+        """Whether an adapter of the batch changes the output layer."""
+        held = [self.adapter_module(span.adapter).tensors for span in batch.spans if span.adapter is not None]
+        return any(path in tensors for tensors in held for path in self.sites.output)
 
     @property
     def _output_layer(self) -> Any:
-        return self.hf_model.get_output_embeddings()
+        """The frozen output layer."""
+        layer = self.hf_model.get_output_embeddings()
+        return layer.frozen if isinstance(layer, AdaptedLinear) else layer
 
     def _hidden_states(self, flight: Flight, batch: Batch) -> Tensor:
         """Return what the output layer would read [T, D]."""

@@ -57,6 +57,10 @@ class Scope:
         self.default: str | None = None
         self.observe: Callable[[Flight], None] | None = None
 
+    def names(self) -> set[str | None]:
+        """Return the adapters of the batch in flight; outside a flight the default one."""
+        return {self.default} if self.flight is None else {segment.adapter for segment in self.flight.segments}
+
     def split(self, shape: Sequence[int]) -> Sequence[Segment]:
         """Return the segments of an input [rows, length]; outside a flight all of it is the default adapter's."""
         rows, length = shape if len(shape) == 2 else (1, prod(shape))
