@@ -197,6 +197,8 @@ def _kernels() -> Finding:
         return Finding("off", "triton", "kernels need torch")
     if not torch.cuda.is_available():
         return Finding("off", "triton", "kernels are for GPUs, and there is none; plain torch computes the same")
+    if torch.version.hip is not None:
+        return Finding("off", "triton", "kernels are for NVIDIA GPUs; plain torch computes the same")
     if importlib.util.find_spec("triton") is None:
         return Finding("off", "triton", "kernels need it: pip install triton; plain torch computes the same")
     return Finding("ok", "triton", f"kernels, {_version_of('triton')}")
