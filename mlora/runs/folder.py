@@ -84,8 +84,16 @@ class RunFolder:
     def begin(self, config: dict[str, Any], command: list[str], options: dict[str, Any]) -> None:
         """Write the resolved config and what it runs on."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self._clear_leftovers()
         write_json(self.environment, environment(command, options))
         write_json(self.config, config)
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a crash within `write_atomically` left beside our files."""
+        own = [file.name for file in self.files(())]
+        left = [path for name in own for path in self.path.glob(f".{name}.????????")]
+        for path in [*left, *self.adapters.glob("*/.README.md.????????")]:
+            path.unlink()
 
     def log_step(self, adapter: str, step: int, measured: dict[str, Any]) -> None:
         """Append one optimizer step of one adapter to metrics.jsonl."""
