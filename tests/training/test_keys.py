@@ -51,7 +51,7 @@ def test_r15_a_key_of_a_job_changes_its_training(key: str) -> None:
 
 
 WITH = {"r": 4, "lora_dropout": 0.1, "router_loss": True, "router_aux_loss_coef": 0.1, "num_experts": 3}
-VALUES = {"expert_lora": {"r": 2}, "router_loss": False, "top_p": 0.3, "expert_capacity": 2, "capacity_factor": 0.5}
+VALUES = {"expert_lora": {"r": 2}, "router_loss": False, "top_p": 0.3, "expert_capacity": 2, "capacity_factor": 0.1}
 """Values that tell where another one than the default would do the same on so little data."""
 
 
