@@ -1,6 +1,6 @@
 """One training step of ours on random weights and synthetic tokens: forward, backward and optimizer.
 
-    python -m benchmarks.step 7b lora mixlora mixlora+mixlora [--device cuda] [--recompute] [--profile 25]
+    python -m benchmarks.step 7b lora mixlora mixlora+mixlora [--device cuda] [--recompute] [--compile] [--graphs]
 
 Prints a line of JSON for each: median seconds of a step, microseconds per token, peak memory. Dropout 0.05, adapters on
 all linear layers, AdamW included, gradients checked to be there.
@@ -21,6 +21,7 @@ from mlora import Batch, MultiAdapterModel
 from mlora.config import JobConfig, parse_adapter
 from mlora.model.attention import PACKED
 from mlora.model.batch import Row
+from mlora.model.graphs import Graphs, Weights
 from mlora.model.load import Origin
 from mlora.training.job import build_optimizer
 
@@ -66,7 +67,15 @@ def build(shape: str, device: str) -> MultiAdapterModel:
     return model
 
 
-def measure(model: MultiAdapterModel, shape: str, kinds: list[str], steps: int, device: str, profiled: int) -> dict:
+def measure(
+    model: MultiAdapterModel,
+    shape: str,
+    kinds: list[str],
+    steps: int,
+    device: str,
+    profiled: int,
+    graphs: Graphs | None,
+) -> dict:
     """Time steps of adapters of these kinds in one batch; print the kernels that took longest in a further one."""
     settings, rows, length = SHAPES[shape]
     cuda = device != "cpu"
@@ -86,11 +95,17 @@ def measure(model: MultiAdapterModel, shape: str, kinds: list[str], steps: int, 
             profiler.start()
         tokens = torch.randint(1, settings["vocab_size"], (rows * len(kinds), length)).tolist()
         packed = [Row(t, t, names[i // rows], i % rows) for i, t in enumerate(tokens)]
-        batch = Batch.pack(packed, dict.fromkeys(names, step), model.device)
         if cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        sum(o.loss + o.aux_loss for o in model(batch).values()).backward()
+        if graphs is None:
+            batch = Batch.pack(packed, dict.fromkeys(names, step), model.device)
+            sum(o.loss + o.aux_loss for o in model(batch).values()).backward()
+        else:
+            by_name = {name: packed[i * rows : (i + 1) * rows] for i, name in enumerate(names)}
+            weights = dict.fromkeys(names, Weights(1 / rows / (length - 1), 1.0))
+            if graphs.losses_and_gradients(by_name, dict.fromkeys(names, step), weights) is None:
+                raise SystemExit("the step could not be recorded")
         for optimizer in optimizers:
             optimizer.step()
         if cuda:
@@ -111,6 +126,7 @@ def measure(model: MultiAdapterModel, shape: str, kinds: list[str], steps: int, 
         "us_per_token": round(median / len(tokens) / length * 1e6, 2),
     }
     row |= {"parameters": parameters, "gradient_norms": round(norm, 3), "recompute": model.recompute}
+    row |= {"compiled": model.compiled, "graphs": graphs is not None}
     if cuda:
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     for name in names:
@@ -127,6 +143,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--graphs", action="store_true", help="record the step as a CUDA graph")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", type=int, default=0, help="kernels to list")
     options = parser.parse_args()
@@ -135,10 +152,13 @@ def main() -> None:
     if options.compile:
         model.compile()
     for spec in options.kinds:
+        graphs = Graphs(model) if options.graphs else None
         try:
             print(
                 json.dumps(
-                    measure(model, options.shape, spec.split("+"), options.steps, options.device, options.profile)
+                    measure(
+                        model, options.shape, spec.split("+"), options.steps, options.device, options.profile, graphs
+                    )
                 ),
                 flush=True,
             )

@@ -124,10 +124,12 @@ def test_predictions_are_those_of_one_row_at_a_time(batch_size: int) -> None:
         assert prediction.answer("f1") == expected.index(max(expected))
 
 
-def test_rows_of_a_head_do_not_reach_the_output_layer() -> None:
+def test_rows_of_a_head_do_not_reach_the_output_layer(monkeypatch) -> None:
     model = pair("llama")
     seen = []
-    model.hf_model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].shape[1]))
+    losses = model.token_losses
+    monkeypatch.setattr(model, "token_losses", lambda hidden, ids: seen.append(len(hidden)) or losses(hidden, ids))
+    model.hf_model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
     model(packed(["x"] * 6))
     assert seen == [0]
     assert not model.hf_model.base_model._forward_hooks

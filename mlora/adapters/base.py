@@ -278,8 +278,13 @@ class Method(BaseModel):
         """Name of the activation that replaces the base's in feed-forward blocks; None keeps it."""
         return None
 
-    def aux_loss(self, router_logits: Sequence[Tensor]) -> Tensor | None:
-        """Return the auxiliary loss, coefficients applied, from [tokens, E] logits of every router; None for none."""
+    def aux_loss(self, router_logits: Sequence[Tensor], real: Tensor | None = None) -> Tensor | None:
+        """Return the auxiliary loss, coefficients applied; None for a method without one.
+
+        Args:
+            router_logits: [tokens, E] of every router.
+            real: [tokens], 1 at tokens that count; None where all do.
+        """
         return None
 
     def as_saved(self) -> Method:

@@ -67,10 +67,12 @@ class MixLoraSwitchConfig(Mixture):
         y = yield from self.mix(x, routed, p, experts, site, segment)
         return segment.dropout(y, self.ffn_dropout, f"{site.path}.ffn_dropout")
 
-    def aux_loss(self, router_logits: Sequence[Tensor]) -> Tensor | None:
+    def aux_loss(self, router_logits: Sequence[Tensor], real: Tensor | None = None) -> Tensor | None:
         import torch
 
-        balance = super().aux_loss(router_logits)
+        balance = super().aux_loss(router_logits, real)
         if balance is None:
             return None
-        return balance + self.router_z_loss_coef * ops.z_loss(torch.cat(list(router_logits)))
+        if real is not None:
+            real = real.repeat(len(router_logits))
+        return balance + self.router_z_loss_coef * ops.z_loss(torch.cat(list(router_logits)), real)

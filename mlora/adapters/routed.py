@@ -28,13 +28,15 @@ class Routed(Method):
         """Return [n, E], 1 where the balance loss counts an expert as chosen: the most probable one."""
         return ops.multi_hot(*ops.top_k_routing(logits, 1), self.num_experts)
 
-    def aux_loss(self, router_logits: Sequence[Tensor]) -> Tensor | None:
+    def aux_loss(self, router_logits: Sequence[Tensor], real: Tensor | None = None) -> Tensor | None:
         if not self.router_loss or not router_logits:
             return None
         import torch
 
         logits = torch.cat(list(router_logits))
-        return self.router_aux_loss_coef * ops.balance_loss(logits.softmax(-1), self.chosen(logits))
+        if real is not None:
+            real = real.repeat(len(router_logits))
+        return self.router_aux_loss_coef * ops.balance_loss(logits.softmax(-1), self.chosen(logits), real)
 
 
 class TopK(Routed):

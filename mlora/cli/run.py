@@ -38,6 +38,7 @@ run_options = all_of(
         option("sliding_window", "Turn on a window that the model has switched off.", bool, default=False),
         option("use_cache", "Cache keys and values in generation. [default: True]", bool, default=True),
         option("gradient_checkpointing", "Recompute layers in backward: less memory, slower.", bool, default=False),
+        option("compile", "Compile norms and sums. [default: on CUDA, bases from 1B parameters]", bool),
         option("tf32", "Allow TensorFloat-32 on CUDA.", bool, default=False),
         base_source,
         option("time_limit", "Minutes after which it stops at a checkpoint.", click.FloatRange(0, min_open=True)),

@@ -32,6 +32,8 @@ class RunOptions:
         sliding_window: turn on the window of families that have one switched off (qwen2).
         use_cache: keep keys and values in generation.
         gradient_checkpointing: keep each decoder layer's input alone for backward and compute the layer again there.
+        compile: compile norms, rotary embeddings and residual sums, tens of seconds at the first step; None for on a
+            GPU with a base of a billion parameters or more.
         tf32: allow TensorFloat-32 in float32 products.
         revision: of the base model on the hub.
         trust_remote_code: run code from the base model's repository.
@@ -63,6 +65,7 @@ class RunOptions:
     use_cache: bool = True
     tf32: bool = False
     gradient_checkpointing: bool = False
+    compile: bool | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     time_limit: float | None = None

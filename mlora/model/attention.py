@@ -6,11 +6,13 @@ Registered with transformers under the name "packed". A packed forward hands the
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from mlora.model.branches import Branches
 
 PACKED = "packed"
+CAUSAL: Any = (
+    {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+)
+"""How the installed torch spells causality for sequences of any length."""
 
 
 def packed_attention(
@@ -32,6 +38,8 @@ def packed_attention(
     softcap: float | None = None,
     packed_lengths: tuple[int, ...] | None = None,
     packed_branches: Branches | None = None,
+    packed_offsets: Tensor | None = None,
+    packed_longest: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each sequence.
@@ -46,6 +54,8 @@ def packed_attention(
         softcap: scores s become softcap * tanh(s / softcap) (gemma2).
         packed_lengths: tokens of each sequence of a packed batch.
         packed_branches: who sees whom in its sequences, where these branch.
+        packed_offsets: [B + 1] int32, where sequences begin and the last ends: the lengths as data, for one kernel.
+        packed_longest: tokens of the longest sequence where the lengths are known as data only.
 
     Returns:
         [B, T, H, d] and None for the weights that other implementations return.
@@ -53,6 +63,8 @@ def packed_attention(
     unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown or dropout:
         raise NotImplementedError(f"packed attention knows no {', '.join(unknown) or 'dropout'}")
+    if packed_longest is not None and packed_offsets is not None:
+        return _varlen(query, key, value, packed_offsets, packed_longest, scaling), None
     if packed_lengths is None:
         mask = (
             attention_mask
@@ -64,6 +76,9 @@ def packed_attention(
         q, k, v = (t.unflatten(2, (-1, packed_lengths[0])).transpose(1, 2).flatten(0, 1) for t in (query, key, value))
         out = _attend(q, k, v, _window(packed_lengths[0], sliding_window, query), scaling, softcap)
         return out.transpose(1, 2).flatten(0, 1)[None], None
+    longest = max(packed_lengths)
+    if packed_branches is None and packed_offsets is not None and fits_varlen(query, sliding_window, softcap, longest):
+        return _varlen(query, key, value, packed_offsets, longest, scaling), None
     if packed_branches is None:
         masks = [_window(length, sliding_window, query) for length in packed_lengths]
     else:
@@ -73,6 +88,24 @@ def packed_attention(
         for q, k, v, mask in zip(*(t.split(packed_lengths, dim=2) for t in (query, key, value)), masks, strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def fits_varlen(query: Tensor, sliding_window: int | None, softcap: float | None, longest: int) -> bool:
+    """Return whether torch's attention over sequences of any length can compute this."""
+    plain = softcap is None and (sliding_window is None or longest <= sliding_window)
+    return plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scaling: float | None) -> Tensor:
+    """Return [1, T, H, d]; heads of keys and values are repeated, since torch 2.11 knows no groups here."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if scaling is not None and scaling != q.shape[-1] ** -0.5:
+        q = q * (scaling * q.shape[-1] ** 0.5)
+    q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
+    out: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, **CAUSAL)
+    return out[None]
 
 
 def _window(length: int, window: int | None, like: Tensor) -> Tensor | None:

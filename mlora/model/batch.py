@@ -73,6 +73,7 @@ class Batch:
         input_ids, position_ids: [1, T] int64; positions restart at 0 in every sequence.
         targets: [T] int64, the token that follows where it is a label, `IGNORED` elsewhere.
         positions: [N] the tokens that have a target, in order.
+        offsets: [B + 1] int32, where packed sequences begin and the last ends.
         rows: [T] row number of each token within its adapter's optimizer step.
         spans: the adapters' tokens, in order.
         steps: optimizer step of each adapter, a part of its random streams.
@@ -84,6 +85,7 @@ class Batch:
     position_ids: Tensor
     targets: Tensor
     positions: Tensor
+    offsets: Tensor
     rows: Tensor
     spans: tuple[Span, ...]
     steps: dict[str | None, int]
@@ -94,6 +96,11 @@ class Batch:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each packed sequence, in order."""
         return tuple(length for span in self.spans for length in span.lengths)
+
+    @property
+    def adapters(self) -> tuple[str | None, ...]:
+        """Names of the adapters, in order."""
+        return tuple(span.adapter for span in self.spans)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device."""
@@ -141,6 +148,7 @@ class Batch:
             input_ids=tensor(r.input_ids for r in packed)[None],
             position_ids=tensor(range(len(r.input_ids)) for r in packed)[None],
             targets=tensor(targets),
+            offsets=tensor([accumulate((len(row.input_ids) for row in packed), initial=0)]).to(torch.int32),
             positions=tensor([[i for i, target in enumerate(flat) if target != IGNORED]]),
             rows=tensor([r.index] * len(r.input_ids) for r in packed),
             spans=tuple(spans),

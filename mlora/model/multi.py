@@ -6,7 +6,7 @@ Shapes: B rows of L tokens, T packed tokens, V vocabulary, N label positions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -85,15 +85,15 @@ class MultiAdapterModel(nn.Module):
         self.hf_model: Any = model
         self.recompute = False
         self.padded = False
-        self._compiled = False
-        self._plain_output = False
+        self.compiled = False
+        self.outputs_plainly = False
         self.scope = Scope()
         self._adapters: dict[str, Adapter] = {}
         self.adapter_modules = nn.ModuleDict()
         self.sites = Sites(model)
         self.sites.wrap(self.scope, self._adapters)
         for layer in self.sites.layers:
-            recompute_in_backward(layer, self.scope, lambda: self.recompute, lambda: self._compiled)
+            recompute_in_backward(layer, self.scope, lambda: self.recompute, lambda: self.compiled)
         self._tokenizer: Any = None
         self.train(False)
 
@@ -143,8 +143,8 @@ class MultiAdapterModel(nn.Module):
         The adapted modules and the packed attention stay as they are: they have kernels of their own, and what they
         do depends on the batch's segments.
         """
-        if not self._compiled:
-            self._compiled = True
+        if not self.compiled:
+            self.compiled = True
             self.sites.exclude_from_compilation()
             exclude_attention_from_compilation()
 
@@ -400,12 +400,25 @@ class MultiAdapterModel(nn.Module):
     def _head(self, adapter: str | None) -> Tensor | None:
         return None if adapter is None else self.adapter_module(adapter).head
 
+    def hidden_states(self, flight: Flight, **inputs: Any) -> Tensor:
+        """Return what the output layer would read of a packed stream [T, D].
+
+        Args:
+            flight: whose tokens they are.
+            inputs: of the transformers model.
+        """
+        return self._decode(flight, inputs)[0]
+
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy [N] of targets [N] after hidden states [N, D]; where `outputs_plainly`."""
+        return ops.token_losses(hidden, self._output_layer, targets)
+
     def _token_losses(self, flight: Flight, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what the output layer reads [T, D] and the loss of each target [N]."""
         targets = batch.targets[batch.positions]
-        if self._plain_output and not self._adapts_output(batch):
+        if self.outputs_plainly and not self.adapts_output(batch.adapters):
             hidden = self._hidden_states(flight, batch)
-            return hidden, ops.token_losses(hidden[batch.positions], self._output_layer, targets)
+            return hidden, self.token_losses(hidden[batch.positions], targets)
         with head.last_hidden_states(self.hf_model) as kept:
             logits = self._run(flight, batch, batch.positions)
         return self._packed(batch, kept[0]), F.cross_entropy(logits.float(), targets, reduction="none")
@@ -473,7 +486,7 @@ class MultiAdapterModel(nn.Module):
             positions: [N] into the packed tokens.
             token_ids: [N, C] of the options to compare.
         """
-        if self._adapts_output(batch):
+        if self.adapts_output(batch.adapters):
             return self._run(self._flight(batch, False), batch, positions).float().gather(1, token_ids)
         hidden = self._hidden_states(self._flight(batch, False), batch)[positions]
         layer = self._output_layer
@@ -551,11 +564,11 @@ class MultiAdapterModel(nn.Module):
                         log.warning(
                             "%s: packed attention does not fit; using %s (%s attention)", family, how, attention
                         )
-                    self._plain_output = self._outputs_plainly()
+                    self.outputs_plainly = self._compare_outputs()
                     return
         raise ModelError(f"{family} cannot train several sequences at once: {why}")
 
-    def _outputs_plainly(self) -> bool:
+    def _compare_outputs(self) -> bool:
         """Compare the output layer's own product with the logits of the model."""
         batch = Batch.pack([Row([0, 1, 2], [0, 1, 2])], device=self.device)
         flight, layer = self._flight(batch, False), self._output_layer
@@ -597,15 +610,15 @@ class MultiAdapterModel(nn.Module):
         """Return logits [N, V] at positions [N] of the packed tokens, or at all."""
         # every logit is computed of padded rows, which have no positions in common, and where an adapter of the output
         # layer looks for its tokens among all
-        whole = self.padded or self._adapts_output(batch)
+        whole = self.padded or self.adapts_output(batch.adapters)
         keep = {} if positions is None or whole else {"logits_to_keep": positions}
         with self.scope.use(flight):
             logits = self._packed(batch, self.hf_model(**self._inputs(batch), **keep).logits)
         return logits[positions] if whole and positions is not None else logits
 
-    def _adapts_output(self, batch: Batch) -> bool:
-        """Whether an adapter of the batch changes the output layer."""
-        held = [self.adapter_module(span.adapter).tensors for span in batch.spans if span.adapter is not None]
+    def adapts_output(self, adapters: Iterable[str | None]) -> bool:
+        """Return whether one of these adapters changes the output layer."""
+        held = [self.adapter_module(name).tensors for name in adapters if name is not None]
         return any(path in tensors for tensors in held for path in self.sites.output)
 
     @property
@@ -616,8 +629,12 @@ class MultiAdapterModel(nn.Module):
 
     def _hidden_states(self, flight: Flight, batch: Batch) -> Tensor:
         """Return what the output layer would read [T, D]."""
+        return self._packed(batch, self._decode(flight, self._inputs(batch)))
+
+    def _decode(self, flight: Flight, inputs: dict[str, Any]) -> Tensor:
+        """Return the last hidden states of what the model is given."""
         with self.scope.use(flight):
-            return self._packed(batch, head.decoder(self.hf_model)(**self._inputs(batch)).last_hidden_state)
+            return head.decoder(self.hf_model)(**inputs).last_hidden_state
 
     def _packed(self, batch: Batch, out: Tensor) -> Tensor:
         """Return the packed tokens [T, ...] of what the model returned for `_inputs`."""
@@ -633,6 +650,8 @@ class MultiAdapterModel(nn.Module):
             # A mask of four dimensions is handed down as it is, which spares the [T, T] one that nobody would read.
             unread = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
             inputs |= {"attention_mask": unread, "packed_lengths": batch.lengths}
+            if batch.input_ids.is_cuda:
+                inputs["packed_offsets"] = batch.offsets
             if batch.branches is not None:
                 inputs["packed_branches"] = batch.branches
         return inputs

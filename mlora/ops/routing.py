@@ -63,7 +63,7 @@ def multi_hot(weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
     return weights.new_zeros(len(experts), num_experts).scatter(1, experts, (weights > 0).to(weights.dtype))
 
 
-def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
+def balance_loss(probabilities: Tensor, chosen: Tensor, real: Tensor | None = None) -> Tensor:
     """Return E * sum_i f_i P_i; k when all experts are used alike, each token by k of them.
 
     f_i is the share of tokens that chose expert i, at whichever rank, P_i the mean probability of expert i. This is
@@ -73,12 +73,21 @@ def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
     Args:
         probabilities: [n, E], of real tokens, all routers together.
         chosen: [n, E], 1 where chosen; no gradient flows through it.
+        real: [n], 1 at tokens that count; None where all do.
     """
     if len(probabilities) == 0:
         return probabilities.sum()
-    return probabilities.shape[-1] * (chosen.to(probabilities.dtype).mean(0) * probabilities.mean(0)).sum()
+    shares, means = token_mean(chosen.to(probabilities.dtype), real), token_mean(probabilities, real)
+    return probabilities.shape[-1] * (shares * means).sum()
 
 
-def z_loss(logits: Tensor) -> Tensor:
+def z_loss(logits: Tensor, real: Tensor | None = None) -> Tensor:
     """Return the mean squared log-sum-exp of router logits [n, E] (https://arxiv.org/abs/2202.08906, eq. 5)."""
-    return logits.logsumexp(-1).pow(2).mean() if len(logits) else logits.sum()
+    return token_mean(logits.logsumexp(-1).pow(2), real) if len(logits) else logits.sum()
+
+
+def token_mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """Return the mean of values [n, ...] over the tokens that count, real [n] 0 or 1; over all for None."""
+    if real is None:
+        return values.mean(0)
+    return real.to(values.dtype) @ values / real.sum()

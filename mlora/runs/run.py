@@ -39,6 +39,10 @@ from mlora.training.stop import Deadline
 log = logging.getLogger(__name__)
 
 
+COMPILED_FROM = 10**9
+"""Parameters of a base model from which compiling pays off, unless a run is short."""
+
+
 class RunError(Exception):
     """A run of which a part failed; what could be done was, and is on the disk."""
 
@@ -168,6 +172,9 @@ class Run:
     def _add_adapters(self, model: MultiAdapterModel) -> None:
         options = self.options
         model.recompute = options.gradient_checkpointing
+        large = self.device == "cuda" and model.num_parameters(None) >= COMPILED_FROM
+        if large if options.compile is None else options.compile:
+            model.compile()
         for job in self.config.lora:
             place, method = self.folder.adapter(job.name), job.method.for_length(self._cutoff)
             if options.evaluate or options.inference:

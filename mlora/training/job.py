@@ -21,6 +21,7 @@ from mlora.config import JobConfig
 from mlora.data import Sample, epoch_order
 from mlora.model.batch import IGNORED, Row
 from mlora.model.errors import ModelError
+from mlora.model.graphs import Losses, Weights
 from mlora.model.multi import AdapterOutput, MultiAdapterModel
 from mlora.model.profile import RouterProfile
 from mlora.training.heldout import HeldOut
@@ -76,6 +77,7 @@ class Job:
         self._order: tuple[int, list[int]] = (-1, [])
         self._step: _Step | None = None
         self.measured: dict[str, float] = {}
+        self._counted = torch.zeros(2)
         self.routing: RouterProfile | None = None
 
     @property
@@ -130,18 +132,28 @@ class Job:
         The loss of a step is the sum over its micro-batches divided by the label tokens of the whole step, or by its
         rows in classification; auxiliary losses are weighted by real tokens, since they are means over tokens.
         """
-        step = self._require_step()
-        tokens = sum(len(row.input_ids) for row in self.next_rows())
-        loss = output.loss * (int(output.num_tokens) / max(step.targets, 1))
-        aux = output.aux_loss * (tokens / step.tokens)
+        weights = self.weights()
+        loss = output.loss * (int(output.num_tokens) * weights.target)
+        aux = output.aux_loss * weights.auxiliary
         if self.routing is not None:
             self.routing.add(output.router_logits)
-        self.measured["loss"] += float(loss.detach())
-        self.measured["aux_loss"] += float(aux.detach())
+        self.count(Losses(loss.detach(), aux.detach()))
         return loss + aux
+
+    def weights(self) -> Weights:
+        """Return the factors of the micro-batch's losses in the step's objective."""
+        step = self._require_step()
+        tokens = sum(len(row.input_ids) for row in self.next_rows())
+        return Weights(1 / max(step.targets, 1), tokens / step.tokens)
+
+    def count(self, losses: Losses) -> None:
+        """Take in the micro-batch's part of the step's losses, without waiting for the device."""
+        self._counted = torch.stack(list(losses))
 
     def advance(self) -> bool:
         """Count the micro-batch as done; after the last of a step, update the adapter and return True."""
+        for name, value in zip(Losses._fields, self._counted.tolist(), strict=True):
+            self.measured[name] += value
         self.row += len(self.next_rows())
         self.micro_batches += 1
         if self.row < len(self._require_step().rows):

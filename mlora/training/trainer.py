@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mlora.model.batch import Batch
+from mlora.model.graphs import Graphs
 from mlora.model.memory import peak_bytes, ran_out
 from mlora.model.multi import MultiAdapterModel
 from mlora.training.job import Job
@@ -37,13 +38,14 @@ def train(
     Raises:
         torch.OutOfMemoryError: a single row does not fit.
     """
+    graphs = Graphs(model) if model.device.type == "cuda" else None
     started = dict[str, float]()
     together = simultaneously or len(jobs)
     while active := [job for job in jobs if not job.done][:together]:
         now = time.perf_counter()
         for job in active:
             started.setdefault(job.name, now)
-        if not _computed(model, active):
+        if not _computed(model, active, graphs):
             together = _relieve(active)
             continue
         stepped = [job for job in active if job.advance()]
@@ -55,12 +57,19 @@ def train(
     model.eval()
 
 
-def _computed(model: MultiAdapterModel, jobs: Sequence[Job]) -> bool:
+def _computed(model: MultiAdapterModel, jobs: Sequence[Job], graphs: Graphs | None) -> bool:
     """Add the gradients of each job's next micro-batch; False where memory does not suffice for them."""
     try:
         model.train()
-        rows = [row for job in jobs for row in job.next_rows()]
-        outputs = model(Batch.pack(rows, {job.name: job.step for job in jobs}, model.device))
+        rows = {job.name: job.next_rows() for job in jobs}
+        steps: dict[str | None, int] = {job.name: job.step for job in jobs}
+        if graphs is not None and not any(job.routing for job in jobs) and graphs.suits(rows):
+            losses = graphs.losses_and_gradients(rows, steps, {job.name: job.weights() for job in jobs})
+            if losses is not None:
+                for job in jobs:
+                    job.count(losses[job.name])
+                return True
+        outputs = model(Batch.pack([row for own in rows.values() for row in own], steps, model.device))
         torch.stack([job.share(outputs[job.name]) for job in jobs]).sum().backward()
         return True
     except (RuntimeError, MemoryError) as error:

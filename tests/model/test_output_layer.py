@@ -104,7 +104,7 @@ def test_it_is_merged_where_the_embeddings_stay_as_they_are(
 
 def test_losses_of_others_still_pass_the_wrapper_by(monkeypatch: pytest.MonkeyPatch) -> None:
     model = multi()
-    assert model._plain_output
+    assert model.outputs_plainly
     model.add_adapter("x", {"r": 4, "target_modules": ["lm_head"]})
     model.add_adapter("y", {"r": 4})
     ids, mask = rows(2)

@@ -162,12 +162,9 @@ def _backward(
     gates = gate_grad[None] if k == 1 else torch.empty_like(kept.gate)
     ups = up_grad[None] if k == 1 else torch.empty_like(kept.up)
     hidden, weights = gated_grad(
-        kept.gate, kept.up, choices, gates, ups, own.weights, own.experts, part.activation, part.dropouts[2],
-        down_grad is not None,
+        kept.gate, kept.up, choices, gates, ups, gate_grad, up_grad, own.weights, own.experts, part.activation,
+        part.dropouts[2], down_grad is not None,
     )  # fmt: skip
-    if k > 1:
-        torch.sum(gates, 0, out=gate_grad)
-        torch.sum(ups, 0, out=up_grad)
     if down_grad is not None and hidden is not None and own.down_a is not None:
         weighted = down_grad if own.weights is None else down_grad * own.weights.T[..., None].to(down_grad.dtype)
         down_a = gradient_of_a(weighted.flatten(0, 1), hidden.flatten(0, 1), own.down_a)

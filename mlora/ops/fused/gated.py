@@ -75,14 +75,16 @@ def _gated(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _gated_grad(
-    gate, up, hidden_grad, weights, experts, gate_grad, up_grad, kept, weight_grad, keys, tokens, features, q_choice,
-    salt, dropped, ACT: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, DROP: tl.constexpr,
+    gate, up, hidden_grad, weights, experts, gate_grad, up_grad, gate_sum, up_sum, kept, weight_grad, keys, tokens,
+    features, q_choice, salt, dropped, ACT: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, DROP: tl.constexpr,
     KEEP: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     i = tl.program_id(1) * BI + tl.arange(0, BI)
     live = t < tokens
     both = live[:, None] & (i < features)[None, :]
+    gate_total = tl.zeros((BT, BI), tl.float32)
+    up_total = tl.zeros((BT, BI), tl.float32)
     for j in tl.static_range(K):
         spot = (j * tokens.to(tl.int64) + t)[:, None] * features + i[None, :]
         g = tl.load(gate + spot, mask=both, other=0.0).to(tl.float32)
@@ -95,14 +97,21 @@ def _gated_grad(
             place = (tl.program_id(1) * tokens.to(tl.int64) + t) * K + j
             tl.store(weight_grad + place, tl.sum(q * h, 1), mask=live)
             q *= tl.load(weights + t * K + j, mask=live, other=0.0)[:, None]
-        tl.store(gate_grad + spot, (q * u * slope).to(gate_grad.dtype.element_ty), mask=both)
-        tl.store(up_grad + spot, (q * act).to(up_grad.dtype.element_ty), mask=both)
+        dg, du = q * u * slope, q * act
+        gate_total += dg
+        up_total += du
+        tl.store(gate_grad + spot, dg.to(gate_grad.dtype.element_ty), mask=both)
+        tl.store(up_grad + spot, du.to(up_grad.dtype.element_ty), mask=both)
         if KEEP:
             own = h.to(kept.dtype.element_ty)
             if DROP:
                 expert = tl.load(experts + t * K + j, mask=live, other=0) if WEIGHTED else 0
                 own = dropped_out(own, token_keys(keys, t, live, expert, salt, WEIGHTED), i, dropped)
             tl.store(kept + spot, own, mask=both)
+    if K > 1:
+        spot = t[:, None] * features + i[None, :]
+        tl.store(gate_sum + spot, gate_total.to(gate_sum.dtype.element_ty), mask=both)
+        tl.store(up_sum + spot, up_total.to(up_sum.dtype.element_ty), mask=both)
 
 
 def _settings(dropout: Dropout | None, activation: str, k: int, weights: Tensor | None, keep: bool) -> dict[str, Any]:
@@ -154,15 +163,17 @@ def gated(
 
 
 def gated_grad(
-    gate: Tensor, up: Tensor, hidden_grad: Tensor, gate_grad: Tensor, up_grad: Tensor, weights: Tensor | None,
-    experts: Tensor | None, activation: str, dropout: Dropout | None, keep: bool,
+    gate: Tensor, up: Tensor, hidden_grad: Tensor, gate_grad: Tensor, up_grad: Tensor, gate_sum: Tensor,
+    up_sum: Tensor, weights: Tensor | None, experts: Tensor | None, activation: str, dropout: Dropout | None,
+    keep: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Write the gradients of g_j and u_j; return d(h_j) again where `keep`, and the gradient of the weights.
+    """Write the gradients of g_j and u_j and their sums; return d(h_j) again where `keep`, and the weights' gradient.
 
     Args:
         gate, up: [k, n, I], contiguous.
         hidden_grad: of w_j h_j [k, n, I], or of their sum [1, n, I].
         gate_grad, up_grad: [k, n, I], to write.
+        gate_sum, up_sum: [n, I], to write; the former themselves for one choice.
         weights, experts, activation, dropout, keep: as `gated` takes them.
     """
     k, tokens, features = gate.shape
@@ -171,8 +182,8 @@ def gated_grad(
     sums = None if weights is None else weights.new_zeros((parts, tokens, k))
     if tokens:
         _gated_grad[(triton.cdiv(tokens, 4), parts)](
-            gate, up, hidden_grad, _or(weights, gate), _or(experts, gate), gate_grad, up_grad, _or(kept, gate),
-            _or(sums, gate), gate if dropout is None else dropout.keys, tokens, features,
+            gate, up, hidden_grad, _or(weights, gate), _or(experts, gate), gate_grad, up_grad, gate_sum, up_sum,
+            _or(kept, gate), _or(sums, gate), gate if dropout is None else dropout.keys, tokens, features,
             hidden_grad.stride(0) if len(hidden_grad) == k else 0,
             **_settings(dropout, activation, k, weights, keep),
         )  # fmt: skip

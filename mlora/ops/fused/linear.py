@@ -157,14 +157,16 @@ def add_up(
     base: Tensor, codes: Tensor, matrix: Tensor, scale: float, dropout: Dropout | None = None, out: Tensor | None = None
 ) -> None:
     """Write base + scale d(c M) [n, F] to `out`, or onto `base`, from codes c [n, R] and M [R, F]."""
+    if out is None and dropout is None:
+        base.addmm_(codes, matrix, alpha=scale)
+        return
     out = base if out is None else out
-    if dropout is None:
-        torch.addmm(base, codes, matrix, alpha=scale, out=out)
-    elif len(out):
+    if len(out):
         columns, features = matrix.shape
         _up[(triton.cdiv(len(out), 64), triton.cdiv(features, 128))](
-            codes.contiguous(), matrix, base, out, dropout.keys, len(out), features, columns, base.stride(0),
-            out.stride(0), scale, **_settings(codes, dropout), BT=64, BF=128, BC=_columns_block(columns),
+            codes.contiguous(), matrix, base, out, codes if dropout is None else dropout.keys, len(out), features,
+            columns, base.stride(0), out.stride(0), scale, **_settings(codes, dropout), BT=64, BF=128,
+            BC=_columns_block(columns),
         )  # fmt: skip
 
 

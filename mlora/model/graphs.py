@@ -1,0 +1,333 @@
+"""A whole forward and backward as one CUDA graph, launched once: a small model's thousands of kernels wait for Python.
+
+A graph knows shapes, not values, so a batch is brought to one of a few shapes first: every adapter gets the same number
+of tokens, sequences and targets, a size from a short list. What is missing is filled by one more sequence without
+targets behind the adapter's own, which no router loss counts and no other sequence sees. Lengths, targets, random keys
+and the weights of the losses are data. The first batch of a shape records its graph; later ones copy their data in and
+replay it.
+
+Shapes: S adapters, n tokens, m sequences and t targets of each; T = S n packed tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlora import ops
+from mlora.adapters import Segment
+from mlora.model.attention import PACKED, fits_varlen
+from mlora.model.batch import IGNORED, Row
+from mlora.model.multi import MultiAdapterModel
+from mlora.model.scope import Flight
+
+log = logging.getLogger(__name__)
+
+FILLING = 1.5
+"""Filled up, a batch may have this many times its own tokens; otherwise it is computed as it is."""
+
+
+class Size(NamedTuple):
+    """What every adapter of a batch has.
+
+    Attributes:
+        tokens, sequences, targets: n, m and t.
+    """
+
+    tokens: int
+    sequences: int
+    targets: int
+
+
+class Weights(NamedTuple):
+    """Factors of an adapter's losses in the objective.
+
+    Attributes:
+        target: of each target's loss, or that of each row's class.
+        auxiliary: of the auxiliary loss.
+    """
+
+    target: float
+    auxiliary: float
+
+
+class Losses(NamedTuple):
+    """An adapter's part of the objective, its two terms apart."""
+
+    loss: Tensor
+    aux_loss: Tensor
+
+
+def size_of(tokens: int) -> int:
+    """Return the next size from tokens on: eight steps to each power of two, so at most an eighth is filled up."""
+    step = max(8, 1 << max(0, tokens.bit_length() - 4))
+    return -(-tokens // step) * step
+
+
+@dataclass
+class Inputs:
+    """A batch as data; all tensors on the model's device.
+
+    Attributes:
+        input_ids, position_ids: [1, T].
+        offsets: [S m + 1] int32.
+        keys: [T] int32.
+        real: [T] float32, 1 at tokens of the batch's own.
+        positions, targets: [S t] packed positions and what follows there.
+        counted: [S t] float32, the weight of each target in the objective.
+        ends, classes: [S m] last tokens of the sequences and their classes.
+        judged: [S m] float32, the weight of each sequence's class.
+        auxiliary: [S] float32.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    offsets: Tensor
+    keys: Tensor
+    real: Tensor
+    positions: Tensor
+    targets: Tensor
+    counted: Tensor
+    ends: Tensor
+    classes: Tensor
+    judged: Tensor
+    auxiliary: Tensor
+
+    def copy_(self, other: Inputs) -> None:
+        """Take over another batch of the same shape."""
+        for name, value in vars(self).items():
+            value.copy_(getattr(other, name), non_blocking=True)
+
+
+def size_for(rows: Mapping[str, Sequence[Row]]) -> Size:
+    """Return a size that all adapters' rows fit into."""
+    tokens = max(sum(len(row.input_ids) for row in own) for own in rows.values())
+    targets = max(sum(label != IGNORED for row in own for label in row.labels[1:]) for own in rows.values())
+    return Size(size_of(tokens), max(map(len, rows.values())) + 1, size_of(targets) if targets else 0)
+
+
+def prepare(
+    model: MultiAdapterModel,
+    rows: Mapping[str, Sequence[Row]],
+    steps: Mapping[str | None, int],
+    weights: Mapping[str, Weights],
+    size: Size,
+) -> Inputs:
+    """Bring rows to a size.
+
+    Args:
+        model: that computes them.
+        rows: of each adapter.
+        steps: optimizer step of each, a part of its random stream.
+        weights: of its losses.
+        size: at least that of `size_for`.
+    """
+    ids, places, numbers, real, lengths = list[int](), list[int](), list[int](), list[float](), list[int]()
+    positions, targets, counted = list[int](), list[int](), list[float]()
+    ends, classes, judged = list[int](), list[int](), list[float]()
+    for number, (name, own) in enumerate(rows.items()):
+        start, factor = number * size.tokens, weights[name].target
+        for row in own:
+            first, length = len(ids), len(row.input_ids)
+            ids += row.input_ids
+            places += range(length)
+            numbers += [row.index] * length
+            lengths.append(length)
+            wanted = [first + i for i, label in enumerate(row.labels[1:]) if label != IGNORED]
+            positions += wanted
+            targets += [row.labels[i - first + 1] for i in wanted]
+            counted += [factor] * len(wanted)
+            ends.append(first + length - 1)
+            classes.append(row.class_id or 0)
+            judged.append(0.0 if row.class_id is None else factor)
+        left = start + size.tokens - len(ids)
+        real += [1.0] * (size.tokens - left) + [0.0] * left
+        ids += [0] * left
+        places += range(left)
+        numbers += [0] * left
+        spare = size.sequences - len(own)
+        lengths += [left] + [0] * (spare - 1)
+        ends += [start] * spare
+        classes += [0] * spare
+        judged += [0.0] * spare
+        missing = (number + 1) * size.targets - len(positions)
+        positions += [start] * missing
+        targets += [0] * missing
+        counted += [0.0] * missing
+
+    def tensor(values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
+        made = torch.tensor(values, dtype=dtype)
+        return (made.pin_memory() if model.device.type == "cuda" else made).to(model.device, non_blocking=True)
+
+    position_ids, row_numbers = tensor(places), tensor(numbers)
+    keys = []
+    for number, name in enumerate(rows):
+        inside = slice(number * size.tokens, (number + 1) * size.tokens)
+        seed = model.adapter_module(name).seed
+        keys.append(ops.stream_keys(seed, name, steps[name], row_numbers[inside], position_ids[inside]))
+    return Inputs(
+        input_ids=tensor(ids)[None],
+        position_ids=position_ids[None],
+        offsets=F.pad(tensor(lengths).cumsum(0), (1, 0)).to(torch.int32),
+        keys=torch.cat(keys),
+        real=tensor(real, torch.float32),
+        positions=tensor(positions),
+        targets=tensor(targets),
+        counted=tensor(counted, torch.float32),
+        ends=tensor(ends),
+        classes=tensor(classes),
+        judged=tensor(judged, torch.float32),
+        auxiliary=tensor([weights[name].auxiliary for name in rows], torch.float32),
+    )
+
+
+def compute(
+    model: MultiAdapterModel, names: Sequence[str], size: Size, inputs: Inputs
+) -> tuple[list[Losses], list[nn.Parameter], list[Tensor]]:
+    """Return every adapter's losses, and all trained parameters with their gradients; nothing waits for the device."""
+    segments = [
+        Segment(name, i * size.tokens, (i + 1) * size.tokens, inputs.keys[i * size.tokens : (i + 1) * size.tokens],
+                router_logits={})
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    hidden = model.hidden_states(
+        Flight(segments),
+        input_ids=inputs.input_ids,
+        position_ids=inputs.position_ids,
+        attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=inputs.input_ids.device),
+        packed_offsets=inputs.offsets,
+        packed_longest=size.tokens,
+        use_cache=False,
+    )
+    losses = model.token_losses(hidden[inputs.positions], inputs.targets) * inputs.counted
+    found = []
+    for i, (segment, name) in enumerate(zip(segments, names, strict=True)):
+        tokens, targets, ends = (slice(i * n, (i + 1) * n) for n in (size.tokens, size.targets, size.sequences))
+        score = model.adapter_module(name).head
+        if score is None:
+            own = losses[targets].sum()
+        else:
+            logits = F.linear(hidden[inputs.ends[ends]].float(), score)
+            own = (F.cross_entropy(logits, inputs.classes[ends], reduction="none") * inputs.judged[ends]).sum()
+        method = model.adapters[name]
+        aux = method.aux_loss(list((segment.router_logits or {}).values()), inputs.real[tokens])
+        found.append(Losses(own, own.new_zeros(()) if aux is None else aux * inputs.auxiliary[i]))
+    parameters = [p for name in names for _, p in model.adapter_parameters(name)]
+    objective = torch.stack([part for own in found for part in own]).sum()
+    gradients = torch.autograd.grad(objective, parameters, allow_unused=True)
+    used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+    detached = [Losses(own.loss.detach(), own.aux_loss.detach()) for own in found]
+    return detached, [p for p, _ in used], [g for _, g in used]
+
+
+class _Recorded(NamedTuple):
+    graph: Any
+    inputs: Inputs
+    losses: list[Losses]
+    parameters: list[nn.Parameter]
+    gradients: list[Tensor]
+
+
+class Graphs:
+    """The graphs of a model, by the adapters and the size of a batch.
+
+    Args:
+        model: on a CUDA device.
+    """
+
+    def __init__(self, model: MultiAdapterModel) -> None:
+        self.model = model
+        self._recorded: dict[tuple[Any, ...], _Recorded] = {}
+        self._pool: Any = None
+        self._broken = False
+
+    def suits(self, rows: Mapping[str, Sequence[Row]]) -> bool:
+        """Return whether a batch can be computed so, without being filled up beyond measure."""
+        model = self.model
+        config = model.hf_model.config.get_text_config()
+        size = size_for(rows)
+        own = sum(len(row.input_ids) for each in rows.values() for row in each)
+        window = getattr(config, "sliding_window", None)
+        cap = getattr(config, "attn_logit_softcapping", None)
+        query = torch.empty(0, dtype=model.hf_model.dtype, device=model.device)
+        return (
+            not self._broken
+            and model.outputs_plainly
+            and not model.adapts_output(rows)
+            and config._attn_implementation == PACKED
+            and not getattr(model.hf_model, "is_quantized", False)
+            and not any(model.adapters[name].counts_tokens for name in rows)
+            and fits_varlen(query, window, cap, size.tokens)
+            and size.tokens * len(rows) <= FILLING * own
+        )
+
+    def losses_and_gradients(
+        self, rows: Mapping[str, Sequence[Row]], steps: Mapping[str | None, int], weights: Mapping[str, Weights]
+    ) -> dict[str, Losses] | None:
+        """Add the gradients of the weighted losses to the adapters' and return the losses; None where recording failed.
+
+        Args:
+            rows: of each adapter.
+            steps: optimizer step of each, a part of its random stream.
+            weights: of its losses.
+        """
+        size = size_for(rows)
+        inputs = prepare(self.model, rows, steps, weights, size)
+        trained = tuple(id(p) for name in rows for _, p in self.model.adapter_parameters(name))
+        key = (tuple(rows), size, trained, self.model.recompute)
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            recorded = self._record(list(rows), size, inputs)
+            if recorded is None:
+                return None
+            self._recorded[key] = recorded
+        recorded.inputs.copy_(inputs)
+        set_aside(recorded.parameters, recorded.gradients)
+        recorded.graph.replay()
+        add_gradients(recorded.parameters, recorded.gradients)
+        return dict(zip(rows, recorded.losses, strict=True))
+
+    def _record(self, names: list[str], size: Size, inputs: Inputs) -> _Recorded | None:
+        try:
+            own = torch.cuda.Stream()
+            own.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(own):  # kernels are compiled and libraries set up outside the graph
+                compute(self.model, names, size, inputs)
+            torch.cuda.current_stream().wait_stream(own)
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                found = compute(self.model, names, size, inputs)
+            return _Recorded(graph, inputs, *found)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever cannot be recorded can still be computed
+            self._broken = True
+            why = str(error).partition("\n")[0]
+            log.warning("steps run without CUDA graphs: %s", why)
+            return None
+
+
+def set_aside(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """Copy gradients that are still to be used and that the next replay would overwrite."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if parameter.grad is gradient:
+            parameter.grad = gradient.clone()
+
+
+def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """Add gradients to those of the parameters; one that had none takes the tensor itself."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if parameter.grad is None:
+            parameter.grad = gradient
+    others = [(p.grad, g) for p, g in zip(parameters, gradients, strict=True) if p.grad is not g and p.grad is not None]
+    if others:
+        torch._foreach_add_([own for own, _ in others], [new for _, new in others])

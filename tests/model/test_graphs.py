@@ -1,0 +1,111 @@
+"""A batch brought to a fixed size computes what it would as it is: losses and gradients; recorded graphs too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlora.adapters import METHODS
+from mlora.model import attention, graphs
+from mlora.model.batch import IGNORED, Batch, Row
+from tests.families import VOCABULARY, awaken, multi
+from tests.test_laws import VARIANTS
+
+COUNTING = {name for name, method in VARIANTS.items() if method.counts_tokens}
+
+
+def draw_rows(name: str, count: int, seed: int, classes: bool = False) -> list[Row]:
+    draw = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(count):
+        length = int(torch.randint(3, 9, (1,), generator=draw))
+        ids = torch.randint(3, VOCABULARY, (length,), generator=draw).tolist()
+        labels = [IGNORED] * length if classes else [IGNORED, *ids[1:]]
+        rows.append(Row(ids, labels, name, index, index % 2 if classes else None))
+    return rows
+
+
+def ordinary(model, rows, steps, weights):
+    batch = Batch.pack([row for own in rows.values() for row in own], steps, model.device)
+    outputs = model(batch)
+    parts = {
+        name: (outputs[name].loss * int(outputs[name].num_tokens) * weights[name].target,
+               outputs[name].aux_loss * weights[name].auxiliary)
+        for name in rows
+    }  # fmt: skip
+    sum(loss + aux for loss, aux in parts.values()).backward()
+    return {name: (loss.item(), aux.item()) for name, (loss, aux) in parts.items()}  # no graph stays alive
+
+
+def collect(model, names):
+    found = {name: model.adapter_gradients(name) for name in names}
+    for name in names:
+        for _, parameter in model.adapter_parameters(name):
+            parameter.grad = None
+    return found
+
+
+def assert_close(found, expected, tolerance):
+    for name, gradients in expected.items():
+        largest = max(float(g.abs().max()) for g in gradients.values())
+        for key, gradient in gradients.items():
+            assert float((found[name][key] - gradient).abs().max()) <= tolerance * largest, (name, key)
+
+
+def by_offsets(query, key, value, offsets, longest, scaling):
+    lengths = tuple(n for n in offsets.diff().tolist() if n)
+    return attention.packed_attention(None, query, key, value, None, scaling, packed_lengths=lengths)[0]
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in COUNTING])
+def test_filling_up_changes_nothing(variant: str, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_varlen", by_offsets)
+    model = multi("llama")
+    model.add_adapter("x", VARIANTS[variant])
+    model.add_adapter("judge", METHODS["lora"](r=2, lora_dropout=0.2), num_labels=2)
+    awaken(model)
+    model.train()
+    rows = {"x": draw_rows("x", 5, 1), "judge": draw_rows("judge", 3, 2, classes=True)}
+    steps, weights = {"x": 4, "judge": 9}, {"x": graphs.Weights(0.05, 0.7), "judge": graphs.Weights(0.3, 1.0)}
+    expected = ordinary(model, rows, steps, weights)
+    gradients = collect(model, rows)
+    size = graphs.size_for(rows)
+    inputs = graphs.prepare(model, rows, steps, weights, size)
+    losses, parameters, found = graphs.compute(model, list(rows), size, inputs)
+    graphs.add_gradients(parameters, found)
+    for name, own in zip(rows, losses, strict=True):
+        assert own.loss.item() == pytest.approx(expected[name][0], rel=2e-5)
+        assert own.aux_loss.item() == pytest.approx(expected[name][1], rel=2e-5)
+    assert_close(collect(model, rows), gradients, 2e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 63, 64, 65, 1000, 1025, 4097])
+def test_sizes_are_few_and_near(tokens: int) -> None:
+    assert tokens <= graphs.size_of(tokens) <= max(tokens * 1.125 + 8, 8)
+    assert len({graphs.size_of(n) for n in range(1, 4097)}) < 60
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("variant", ["lora", "dora", "mixlora", "mixlora-dynamic", "loramoe-balanced", "mola-balanced"])
+def test_replayed_graphs_equal_ordinary_steps(variant: str) -> None:
+    model = multi("llama", num_attention_heads=4, head_dim=16)
+    model.to("cuda")
+    model.hf_model.to(torch.bfloat16)
+    model.add_adapter("x", VARIANTS[variant])
+    model.add_adapter("judge", METHODS["lora"](r=2, lora_dropout=0.2), num_labels=2)
+    awaken(model)
+    model.train()
+    recorded = graphs.Graphs(model)
+    for step in range(6):
+        rows = {"x": draw_rows("x", 16, step), "judge": draw_rows("judge", 16, 10 + step, classes=True)}
+        weights = {"x": graphs.Weights(0.05, 0.7), "judge": graphs.Weights(0.3, 1.0)}
+        steps = {"x": step, "judge": 2 * step}
+        assert recorded.suits(rows)
+        expected = ordinary(model, rows, steps, weights)
+        gradients = collect(model, rows)
+        losses = recorded.losses_and_gradients(rows, steps, weights)
+        assert losses is not None, "not recorded"
+        for name in rows:
+            assert losses[name].loss.item() == pytest.approx(expected[name][0], rel=2e-2)
+        assert_close(collect(model, rows), gradients, 6e-2)
+    assert len(recorded._recorded) < 6, "nothing was replayed"
