@@ -8,7 +8,7 @@ gradient of whatever leaves a layer by the side, the router logits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -26,10 +26,13 @@ def recompute_in_backward(
     While `compiled()`, the layer's own operations around the adapted modules are compiled by torch.
     """
     eager = layer.forward
-    fast = torch.compile(eager)
+
+    @cache
+    def fast() -> Callable[..., Any]:
+        return torch.compile(eager)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (fast if compiled() else eager)(*args, **kwargs)
+        return (fast() if compiled() else eager)(*args, **kwargs)
 
     @wraps(eager)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:

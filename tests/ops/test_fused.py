@@ -5,15 +5,11 @@ On the CPU they run in Triton's interpreter, on a GPU compiled.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import nn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 from mlora import ops  # noqa: E402
