@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +110,8 @@ def size_for(rows: Mapping[str, Sequence[Row]]) -> Size:
     """Return a size that all adapters' rows fit into."""
     tokens = max(sum(len(row.input_ids) for row in own) for own in rows.values())
     targets = max(sum(label != IGNORED for row in own for label in row.labels[1:]) for own in rows.values())
-    return Size(size_of(tokens), max(map(len, rows.values())) + 1, size_of(targets) if targets else 0)
+    # few numbers of targets, since sizes multiply; what they fill up costs only the output layer
+    return Size(size_of(tokens), max(map(len, rows.values())) + 1, 1 << (targets - 1).bit_length() if targets else 0)
 
 
 def prepare(
@@ -246,25 +248,36 @@ class Graphs:
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
         self._pool: Any = None
         self._broken = False
+        log.info("steps run %s", f"without CUDA graphs: {self.obstacle}" if self.obstacle else "as CUDA graphs")
+
+    @cached_property
+    def obstacle(self) -> str | None:
+        """Why no step of this model can be recorded; None where it can."""
+        model = self.model
+        config = model.hf_model.config.get_text_config()
+        if not model.outputs_plainly:
+            return "the family does more to its logits than its output layer"
+        if config._attn_implementation != PACKED or model.padded:
+            return "its attention is not the packed one"
+        if any(not parameter.is_floating_point() for parameter in model.hf_model.parameters()):
+            return "the base model is quantised"
+        query = torch.empty(0, dtype=model.hf_model.dtype, device=model.device)
+        if not fits_varlen(query, None, getattr(config, "attn_logit_softcapping", None), 1):
+            return f"no attention kernel for sequences of any length in {model.hf_model.dtype}"
+        return None
 
     def suits(self, rows: Mapping[str, Sequence[Row]]) -> bool:
         """Return whether a batch can be computed so, without being filled up beyond measure."""
-        model = self.model
-        config = model.hf_model.config.get_text_config()
-        size = size_for(rows)
+        if self._broken or self.obstacle is not None:
+            return False
+        model, size = self.model, size_for(rows)
         own = sum(len(row.input_ids) for each in rows.values() for row in each)
-        window = getattr(config, "sliding_window", None)
-        cap = getattr(config, "attn_logit_softcapping", None)
-        query = torch.empty(0, dtype=model.hf_model.dtype, device=model.device)
+        window = getattr(model.hf_model.config.get_text_config(), "sliding_window", None)
         return (
-            not self._broken
-            and model.outputs_plainly
+            size.tokens * len(rows) <= FILLING * own
+            and (window is None or size.tokens <= window)
             and not model.adapts_output(rows)
-            and config._attn_implementation == PACKED
-            and not getattr(model.hf_model, "is_quantized", False)
             and not any(model.adapters[name].counts_tokens for name in rows)
-            and fits_varlen(query, window, cap, size.tokens)
-            and size.tokens * len(rows) <= FILLING * own
         )
 
     def losses_and_gradients(
