@@ -34,6 +34,10 @@ FILLING = 1.5
 """Filled up, a batch may have this many times its own tokens; otherwise it is computed as it is."""
 
 
+MOST = 64
+"""Graphs of one training; beyond that batches differ too much to gain from them."""
+
+
 class Size(NamedTuple):
     """What every adapter of a batch has.
 
@@ -246,6 +250,7 @@ class Graphs:
     def __init__(self, model: MultiAdapterModel) -> None:
         self.model = model
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
+        self._gradients: dict[nn.Parameter, Tensor] = {}
         self._pool: Any = None
         self._broken = False
         log.info("steps run %s", f"without CUDA graphs: {self.obstacle}" if self.obstacle else "as CUDA graphs")
@@ -283,7 +288,7 @@ class Graphs:
     def losses_and_gradients(
         self, rows: Mapping[str, Sequence[Row]], steps: Mapping[str | None, int], weights: Mapping[str, Weights]
     ) -> dict[str, Losses] | None:
-        """Add the gradients of the weighted losses to the adapters' and return the losses; None where recording failed.
+        """Add the gradients of the weighted losses to the adapters' and return the losses; None where none is recorded.
 
         Args:
             rows: of each adapter.
@@ -292,11 +297,11 @@ class Graphs:
         """
         size = size_for(rows)
         inputs = prepare(self.model, rows, steps, weights, size)
-        trained = tuple(id(p) for name in rows for _, p in self.model.adapter_parameters(name))
-        key = (tuple(rows), size, trained, self.model.recompute)
+        own = [self.model.adapter_module(name) for name in rows]
+        key = (tuple(rows), size, tuple(own), tuple(each.method for each in own), *self.model.modes)
         recorded = self._recorded.get(key)
         if recorded is None:
-            recorded = self._record(list(rows), size, inputs)
+            recorded = self._record(list(rows), size, inputs) if len(self._recorded) < MOST else None
             if recorded is None:
                 return None
             self._recorded[key] = recorded
@@ -311,15 +316,21 @@ class Graphs:
             own = torch.cuda.Stream()
             own.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(own):  # kernels are compiled and libraries set up outside the graph
-                compute(self.model, names, size, inputs)
+                _, parameters, gradients = compute(self.model, names, size, inputs)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    self._gradients.setdefault(parameter, torch.empty_like(gradient))
+                del gradients
             torch.cuda.current_stream().wait_stream(own)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
+            shared = [self._gradients[parameter] for parameter in parameters]
             with torch.cuda.graph(graph, pool=self._pool):
-                found = compute(self.model, names, size, inputs)
-            return _Recorded(graph, inputs, *found)
+                losses, _, gradients = compute(self.model, names, size, inputs)
+                torch._foreach_copy_(shared, gradients)
+                del gradients  # graphs share the memory of all that ends inside them
+            return _Recorded(graph, inputs, losses, parameters, shared)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever cannot be recorded can still be computed

@@ -137,6 +137,11 @@ class MultiAdapterModel(nn.Module):
         multi.check_packing()
         return multi
 
+    @property
+    def modes(self) -> tuple[bool, bool]:
+        """Whether layers are recomputed in backward, and whether they are compiled."""
+        return self.recompute, self.compiled
+
     def compile(self) -> None:
         """Compile what decoder layers do around the adapted modules: norms, rotary embeddings, residual sums.
 
