@@ -3,7 +3,8 @@
     python -m benchmarks.step 7b lora mixlora mixlora+mixlora [--device cuda] [--recompute] [--compile] [--graphs]
 
 Prints a line of JSON for each: median seconds of a step, microseconds per token, peak memory. Dropout 0.05, adapters on
-all linear layers, AdamW included, gradients checked to be there.
+all linear layers, AdamW included, the norm of all gradients beside it, which must not be 0. Rows have one length, so
+batches are not filled up.
 """
 
 from __future__ import annotations

@@ -199,6 +199,19 @@ class Method(BaseModel):
     file_prefix: ClassVar[str] = ""
     """First part of tensor names in a saved file."""
 
+    linear_as_data: ClassVar[bool] = True
+    """Whether `update` says all that `linear` does; not where a subclass overrides the latter alone."""
+    block_as_data: ClassVar[bool] = True
+    """The same of `block_update` and `block`."""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        own = vars(cls)
+        if "update" in own or "linear" in own:
+            cls.linear_as_data = "update" in own
+        if "block_update" in own or not own.keys().isdisjoint(("block", "mix", "linear")):
+            cls.block_as_data = "block_update" in own
+
     target_modules: tuple[str, ...] | Literal["all-linear", "attention", "mlp"] = "all-linear"
     """Names of linear layers, {name: bool}, or a group: "all-linear", "attention", "mlp"."""
 

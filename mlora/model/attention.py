@@ -1,7 +1,8 @@
 """Attention over a packed stream: every sequence attends to itself alone, without a [T, T] mask.
 
 Registered with transformers under the name "packed". A packed forward hands the sequence lengths down as the keyword
-`packed_lengths`, beside a mask that no one reads; without them (generation) rows and their mask are ordinary.
+`packed_lengths`, or as data alone where a step is recorded (`packed_offsets`, `packed_longest`), beside a mask that no
+one reads; without them (generation) rows and their mask are ordinary.
 """
 
 from __future__ import annotations
@@ -77,7 +78,11 @@ def packed_attention(
         out = _attend(q, k, v, _window(packed_lengths[0], sliding_window, query), scaling, softcap)
         return out.transpose(1, 2).flatten(0, 1)[None], None
     longest = max(packed_lengths)
-    if packed_branches is None and packed_offsets is not None and fits_varlen(query, sliding_window, softcap, longest):
+    if (
+        packed_branches is None
+        and packed_offsets is not None
+        and fits_varlen(query, value, sliding_window, softcap, longest)
+    ):
         return _varlen(query, key, value, packed_offsets, longest, scaling), None
     if packed_branches is None:
         masks = [_window(length, sliding_window, query) for length in packed_lengths]
@@ -90,10 +95,13 @@ def packed_attention(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def fits_varlen(query: Tensor, sliding_window: int | None, softcap: float | None, longest: int) -> bool:
-    """Return whether torch's attention over sequences of any length can compute this."""
+def fits_varlen(query: Tensor, value: Tensor, sliding_window: int | None, softcap: float | None, longest: int) -> bool:
+    """Return whether torch's attention over sequences of any length can compute this: flash attention's limits."""
     plain = softcap is None and (sliding_window is None or longest <= sliding_window)
-    return plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    width = query.shape[-1]
+    heads = width % 8 == 0 and width <= 256 and value.shape[-1] == width
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return plain and heads and half and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scaling: float | None) -> Tensor:

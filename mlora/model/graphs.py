@@ -12,9 +12,10 @@ Shapes: S adapters, n tokens, m sequences and t targets of each; T = S n packed 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from mlora import ops
 from mlora.adapters import Segment
 from mlora.model.attention import PACKED, fits_varlen
-from mlora.model.batch import IGNORED, Row
+from mlora.model.batch import IGNORED, Row, Span
+from mlora.model.head import check_classes
 from mlora.model.multi import MultiAdapterModel
 from mlora.model.scope import Flight
 
@@ -139,6 +141,9 @@ def prepare(
     ends, classes, judged = list[int](), list[int](), list[float]()
     for number, (name, own) in enumerate(rows.items()):
         start, factor = number * size.tokens, weights[name].target
+        class_ids = tuple(row.class_id for row in own if row.class_id is not None)
+        score = model.adapter_module(name).head
+        check_classes(Span(name, start, start, (), 0, class_ids), None if score is None else len(score))
         for row in own:
             first, length = len(ids), len(row.input_ids)
             ids += row.input_ids
@@ -154,8 +159,8 @@ def prepare(
             judged.append(0.0 if row.class_id is None else factor)
         left = start + size.tokens - len(ids)
         real += [1.0] * (size.tokens - left) + [0.0] * left
-        ids += [0] * left
-        places += range(left)
+        ids += islice(cycle(own[0].input_ids), left)  # finite where the adapter's own rows are
+        places += [0] * left  # one that any table of positions has; what the filler computes is not read
         numbers += [0] * left
         spare = size.sequences - len(own)
         lengths += [left] + [0] * (spare - 1)
@@ -233,11 +238,10 @@ def compute(
 
 
 class _Recorded(NamedTuple):
-    graph: Any
+    replay: Callable[[], None]
     inputs: Inputs
     losses: list[Losses]
     parameters: list[nn.Parameter]
-    gradients: list[Tensor]
 
 
 class Graphs:
@@ -250,7 +254,8 @@ class Graphs:
     def __init__(self, model: MultiAdapterModel) -> None:
         self.model = model
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
-        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._names: tuple[str, ...] = ()
         self._pool: Any = None
         self._broken = False
         log.info("steps run %s", f"without CUDA graphs: {self.obstacle}" if self.obstacle else "as CUDA graphs")
@@ -266,9 +271,13 @@ class Graphs:
             return "its attention is not the packed one"
         if any(not parameter.is_floating_point() for parameter in model.hf_model.parameters()):
             return "the base model is quantised"
-        query = torch.empty(0, dtype=model.hf_model.dtype, device=model.device)
-        if not fits_varlen(query, None, getattr(config, "attn_logit_softcapping", None), 1):
-            return f"no attention kernel for sequences of any length in {model.hf_model.dtype}"
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            return "its rotary embedding asks for the longest position"
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        query = torch.empty(0, width, dtype=model.hf_model.dtype, device=model.device)
+        if not fits_varlen(query, query, None, getattr(config, "attn_logit_softcapping", None), 1):
+            return f"no attention kernel for sequences of any length in {query.dtype} with heads of {width}"
         return None
 
     def suits(self, rows: Mapping[str, Sequence[Row]]) -> bool:
@@ -295,10 +304,13 @@ class Graphs:
             steps: optimizer step of each, a part of its random stream.
             weights: of its losses.
         """
+        if tuple(rows) != self._names:  # jobs end: what was recorded with them will not come again
+            self.forget()
+            self._names = tuple(rows)
         size = size_for(rows)
         inputs = prepare(self.model, rows, steps, weights, size)
-        own = [self.model.adapter_module(name) for name in rows]
-        key = (tuple(rows), size, tuple(own), tuple(each.method for each in own), *self.model.modes)
+        adapters = tuple(self.model.adapter_module(name) for name in rows)
+        key = (size, adapters, tuple(adapter.method for adapter in adapters), *self.model.modes)
         recorded = self._recorded.get(key)
         if recorded is None:
             recorded = self._record(list(rows), size, inputs) if len(self._recorded) < MOST else None
@@ -306,31 +318,35 @@ class Graphs:
                 return None
             self._recorded[key] = recorded
         recorded.inputs.copy_(inputs)
-        set_aside(recorded.parameters, recorded.gradients)
-        recorded.graph.replay()
-        add_gradients(recorded.parameters, recorded.gradients)
+        sums = [(parameter, self._sums[parameter]) for parameter in recorded.parameters]
+        fresh = [own for parameter, own in sums if parameter.grad is not own]
+        if fresh:
+            torch._foreach_zero_(fresh)
+        recorded.replay()
+        for parameter, own in sums:
+            if parameter.grad is None:
+                parameter.grad = own  # lent: a further replay adds to it
+            elif parameter.grad is not own:
+                parameter.grad.add_(own)
         return dict(zip(rows, recorded.losses, strict=True))
+
+    def forget(self) -> None:
+        """Give the memory of all graphs back."""
+        self._recorded.clear()
+        self._sums = {}
+        self._pool = None
 
     def _record(self, names: list[str], size: Size, inputs: Inputs) -> _Recorded | None:
         try:
-            own = torch.cuda.Stream()
-            own.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(own):  # kernels are compiled and libraries set up outside the graph
-                _, parameters, gradients = compute(self.model, names, size, inputs)
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    self._gradients.setdefault(parameter, torch.empty_like(gradient))
-                del gradients
-            torch.cuda.current_stream().wait_stream(own)
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            shared = [self._gradients[parameter] for parameter in parameters]
-            with torch.cuda.graph(graph, pool=self._pool):
+            parameters = self._prepare(names, size, inputs)
+            sums = [self._sums[parameter] for parameter in parameters]
+
+            def run() -> list[Losses]:
                 losses, _, gradients = compute(self.model, names, size, inputs)
-                torch._foreach_copy_(shared, gradients)
-                del gradients  # graphs share the memory of all that ends inside them
-            return _Recorded(graph, inputs, losses, parameters, shared)
+                torch._foreach_add_(sums, gradients)
+                return losses
+
+            return _Recorded(*self._capture(run, inputs), parameters)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever cannot be recorded can still be computed
@@ -339,19 +355,21 @@ class Graphs:
             log.warning("steps run without CUDA graphs: %s", why)
             return None
 
+    def _prepare(self, names: list[str], size: Size, inputs: Inputs) -> list[nn.Parameter]:
+        """Run once, so that kernels are compiled and libraries set up; return the parameters that get gradients."""
+        _, parameters, gradients = compute(self.model, names, size, inputs)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if parameter not in self._sums:  # outside the graphs' memory, which graphs overwrite for each other
+                self._sums[parameter] = torch.empty_like(gradient)
+        return parameters
 
-def set_aside(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-    """Copy gradients that are still to be used and that the next replay would overwrite."""
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if parameter.grad is gradient:
-            parameter.grad = gradient.clone()
-
-
-def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-    """Add gradients to those of the parameters; one that had none takes the tensor itself."""
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if parameter.grad is None:
-            parameter.grad = gradient
-    others = [(p.grad, g) for p, g in zip(parameters, gradients, strict=True) if p.grad is not g and p.grad is not None]
-    if others:
-        torch._foreach_add_([own for own, _ in others], [new for _, new in others])
+    def _capture(
+        self, run: Callable[[], list[Losses]], inputs: Inputs
+    ) -> tuple[Callable[[], None], Inputs, list[Losses]]:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            losses = run()
+        return graph.replay, inputs, losses

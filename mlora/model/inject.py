@@ -85,7 +85,9 @@ class AdaptedLinear(nn.Module):
         for i, s in enumerate(segments):
             if self._holds(s.adapter):
                 adapter = self.adapters[s.adapter]  # type: ignore[index]
-                update = adapter.method.update(adapter.tensors[self.site.path], x[s.start : s.stop], self.site, s)
+                own = adapter.tensors[self.site.path]
+                known = adapter.method.linear_as_data
+                update = adapter.method.update(own, x[s.start : s.stop], self.site, s) if known else None
                 if update is not None:
                     updates[i] = update
         return updates
@@ -151,6 +153,8 @@ class AdaptedBlock(nn.Module):
         return fused.feed_forward(x, layers, *zip(*parts, strict=True))
 
     def _update(self, adapter: Adapter, x: Tensor, site: BlockSite, segment: Segment) -> BlockUpdate | None:
+        if not adapter.method.block_as_data:
+            return None
         experts = {s.name: adapter.tensors[s.path] for s in (*site.ups, site.down) if s.path in adapter.tensors}
         return adapter.method.block_update(adapter.tensors.get(site.path, {}), experts, x, site, segment)
 

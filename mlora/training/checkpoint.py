@@ -288,7 +288,7 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
                 tensors[f"{index}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
             else:
                 plain[f"{index}.{name}"] = value
-    tensors |= {f"gradient.{i}": g.detach().to("cpu", copy=True).contiguous() for i, g in enumerate(state["gradients"])}
+    tensors |= {f"gradient.{i}": g.detach().to("cpu", copy=True).contiguous() for i, g in state["gradients"].items()}
     kept = {key: value for key, value in state.items() if key not in ("optimizer", "gradients")}
     return tensors, kept | {"plain": plain, "groups": state["optimizer"]["param_groups"]}
 
@@ -301,4 +301,4 @@ def _unflatten(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> dict[
         if index != "gradient":
             moments.setdefault(int(index), {})[name] = value
     optimizer = {"state": moments, "param_groups": state["groups"]}
-    return state | {"optimizer": optimizer, "gradients": [gradients[i] for i in sorted(gradients)]}
+    return state | {"optimizer": optimizer, "gradients": gradients}

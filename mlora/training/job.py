@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mlora.adapters.routed import Routed
 from mlora.config import JobConfig
 from mlora.data import Sample, epoch_order
 from mlora.model.batch import IGNORED, Row
@@ -112,6 +113,8 @@ class Job:
         return self._step.rows[self.row : self.row + self.micro_batch_size]
 
     def _is_profiled(self, step: int) -> bool:
+        if not isinstance(self.method, Routed):
+            return False
         return step % (self.config.evaluate_steps or max(1, self.total_steps // PROFILES)) == 0
 
     def rows_of(self, step: int) -> list[Row]:
@@ -196,7 +199,7 @@ class Job:
             "measured": self.measured,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "gradients": [p.grad for p in self.parameters] if self.row else [],
+            "gradients": {i: p.grad for i, p in enumerate(self.parameters) if self.row and p.grad is not None},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -207,8 +210,8 @@ class Job:
         self.measured, self.best_loss = state["measured"], state["best_loss"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        for parameter, gradient in zip(self.parameters, state["gradients"], strict=False):
-            parameter.grad = gradient.to(parameter.device)
+        for i, gradient in state["gradients"].items():
+            self.parameters[i].grad = gradient.to(self.parameters[i].device)
 
 
 @dataclass(frozen=True)

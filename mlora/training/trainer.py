@@ -38,7 +38,7 @@ def train(
     Raises:
         torch.OutOfMemoryError: a single row does not fit.
     """
-    graphs = Graphs(model) if model.device.type == "cuda" else None
+    graphs = graphs_for(model)
     started = dict[str, float]()
     together = simultaneously or len(jobs)
     while active := [job for job in jobs if not job.done][:together]:
@@ -46,6 +46,8 @@ def train(
         for job in active:
             started.setdefault(job.name, now)
         if not _computed(model, active, graphs):
+            if graphs is not None:
+                graphs.forget()
             together = _relieve(active)
             continue
         stepped = [job for job in active if job.advance()]
@@ -55,6 +57,11 @@ def train(
         if after_round(stepped):
             break
     model.eval()
+
+
+def graphs_for(model: MultiAdapterModel) -> Graphs | None:
+    """Return what records steps; None where nothing waits for the device."""
+    return Graphs(model) if model.device.type == "cuda" else None
 
 
 def _computed(model: MultiAdapterModel, jobs: Sequence[Job], graphs: Graphs | None) -> bool:

@@ -55,3 +55,38 @@ def count_calls(monkeypatch) -> list[str]:
         function = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, _f=function, _n=name: calls.append(_n) or _f(*a))
     return calls
+
+
+def test_features_that_lie_apart_in_memory(monkeypatch) -> None:
+    """Mamba's mixers hand a transposed view to their last layer."""
+    model = multi("falcon_mamba").to(DEVICE)
+    model.add_adapter("x", METHODS["lora"](r=4, lora_dropout=0.1))
+    awaken(model)
+    model.train()
+    ids, mask = rows(1)
+    batch = Batch.from_rows(ids, mask, None, ["x"], step=3).to(DEVICE)
+    monkeypatch.setattr(ops, "fused_available", lambda x: False)
+    expected = losses_and_gradients(model, batch, ["x"])
+    monkeypatch.setattr(ops, "fused_available", lambda x: True)
+    assert_same(losses_and_gradients(model, batch, ["x"])["x"], expected["x"], 1e-4)
+
+
+def test_a_method_that_overrides_arithmetic_is_not_taken_for_its_parent(monkeypatch) -> None:
+    class Halved(METHODS["lora"]):
+        def linear(self, p, x, out, site, segment):
+            return out + (super().linear(p, x, out, site, segment) - out) / 2
+
+    class Doubled(METHODS["mixlora"]):
+        def block(self, p, experts, x, site, segment):
+            return 2 * (yield from super().block(p, experts, x, site, segment))
+
+    model = multi("llama").to(DEVICE)
+    model.add_adapter("halved", Halved(r=4))
+    model.add_adapter("doubled", Doubled(r=4, num_experts=3))
+    awaken(model)
+    ids, mask = rows(2)
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr(ops, "fused_available", lambda x, fused=fused: fused)
+        found.append(model.logits(ids.to(DEVICE), mask.to(DEVICE), ["halved", "doubled"])[mask.bool().to(DEVICE)])
+    assert torch.allclose(*found, atol=1e-5)

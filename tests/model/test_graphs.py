@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from mlora.adapters import METHODS
+from mlora.config import JobConfig
+from mlora.data import Sample
 from mlora.model import attention, graphs
 from mlora.model.batch import IGNORED, Batch, Row
+from mlora.training import trainer
+from mlora.training.job import Job
 from tests.families import VOCABULARY, awaken, multi
 from tests.test_laws import VARIANTS
 
@@ -72,7 +76,8 @@ def test_filling_up_changes_nothing(variant: str, monkeypatch) -> None:
     size = graphs.size_for(rows)
     inputs = graphs.prepare(model, rows, steps, weights, size)
     losses, parameters, found = graphs.compute(model, list(rows), size, inputs)
-    graphs.add_gradients(parameters, found)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.grad = gradient
     for name, own in zip(rows, losses, strict=True):
         assert own.loss.item() == pytest.approx(expected[name][0], rel=2e-5)
         assert own.aux_loss.item() == pytest.approx(expected[name][1], rel=2e-5)
@@ -85,10 +90,78 @@ def test_sizes_are_few_and_near(tokens: int) -> None:
     assert len({graphs.size_of(n) for n in range(1, 4097)}) < 60
 
 
+class Rerun(graphs.Graphs):
+    """Graphs on the CPU: a replay computes again into the same tensors and leaves rubbish where a graph would."""
+
+    obstacle = None
+
+    def _capture(self, run, inputs):
+        kept = [graphs.Losses(torch.zeros(()), torch.zeros(())) for _ in self._names]
+
+        def replay() -> None:
+            for others in [other.losses for other in self._recorded.values()]:
+                for losses in others:
+                    losses.loss.fill_(torch.nan)
+            for losses, new in zip(kept, run(), strict=True):
+                losses.loss.copy_(new.loss)
+                losses.aux_loss.copy_(new.aux_loss)
+
+        return replay, inputs, kept
+
+
+def test_gradients_of_several_sizes_add_up(monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_varlen", by_offsets)
+    model = multi("llama")
+    model.add_adapter("x", VARIANTS["mixlora"])
+    awaken(model)
+    model.train()
+    recorded, weights = Rerun(model), {"x": graphs.Weights(0.05, 0.7)}
+    parts = [{"x": draw_rows("x", count, seed)} for count, seed in ((5, 1), (11, 2), (4, 3), (12, 4))]
+    for part in parts:  # an ordinary micro-batch comes between
+        ordinary(model, part, {"x": 4}, weights)
+    expected = collect(model, ["x"])
+    for part in (parts[0], parts[1]):
+        recorded.losses_and_gradients(part, {"x": 1}, weights)
+    collect(model, ["x"])
+    for number, part in enumerate(parts):
+        if number == 2:
+            ordinary(model, part, {"x": 4}, weights)
+        else:
+            assert recorded.losses_and_gradients(part, {"x": 4}, weights) is not None
+    assert len(recorded._recorded) >= 2
+    assert_close(collect(model, ["x"]), expected, 2e-5)
+    alone = recorded.losses_and_gradients(parts[3], {"x": 4}, weights)
+    assert alone is not None and alone["x"].loss.isfinite()
+    recorded.forget()
+    assert recorded.losses_and_gradients(parts[2], {"x": 4}, weights) is not None
+
+
+def test_training_by_graphs_ends_where_ordinary_training_ends(monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_varlen", by_offsets)
+    ends = []
+    for made in (None, Rerun):
+        model = multi("llama")
+        jobs = []
+        for name, count in (("x", 7), ("y", 12)):
+            samples = [Sample(row.input_ids, row.labels, "t") for row in draw_rows(name, count, count)]
+            model.add_adapter(name, VARIANTS["mixlora" if name == "x" else "lora"])
+            sizes = {"batch_size": 4, "micro_batch_size": 2, "num_epochs": 2, "lr": 1e-2}
+            jobs.append(Job(JobConfig(name=name, method=model.adapters[name], **sizes), samples, model, seed=1))
+        monkeypatch.setattr(trainer, "graphs_for", lambda model, made=made: made and made(model))
+        losses = []
+        trainer.train(
+            model, jobs, None, lambda stepped, losses=losses: losses.extend(j.measured["loss"] for j in stepped)
+        )
+        ends.append((losses, {name: model.adapter_tensors(name) for name in ("x", "y")}))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-4)
+    assert_close(ends[1][1], ends[0][1], 1e-4)
+
+
 def test_what_cannot_be_recorded_is_named() -> None:
     model = multi("gemma2")
     assert "more to its logits" in str(graphs.Graphs(model).obstacle)
     assert "float32" in str(graphs.Graphs(multi("llama")).obstacle)
+    assert "packed" in str(graphs.Graphs(multi("lfm2")).obstacle)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -23,7 +23,17 @@ from torch import Tensor, nn
 
 from mlora.ops.dora import frozen_weight
 from mlora.ops.fused.gated import gated, gated_grad
-from mlora.ops.fused.linear import Dropout, add_up, drop, dropout_of, gradient_of_a, gradient_of_b, narrow, wide
+from mlora.ops.fused.linear import (
+    Dropout,
+    add_up,
+    drop,
+    dropout_of,
+    gradient_of_a,
+    gradient_of_b,
+    narrow,
+    unit_stride,
+    wide,
+)
 from mlora.ops.lowrank import BlockUpdate
 from mlora.ops.random import fold
 
@@ -274,4 +284,4 @@ def feed_forward(x: Tensor, layers: Sequence[nn.Module], parts: Sequence[Part], 
         parts: of every adapter, in order, without gaps.
         owned: the tensors of each part: A and B plain or [E, ...], weights [n, k] float32, experts [n, k].
     """
-    return _FeedForward.apply(x, layers, parts, *(tensor for own in owned for tensor in own))
+    return _FeedForward.apply(unit_stride(x), layers, parts, *(tensor for own in owned for tensor in own))

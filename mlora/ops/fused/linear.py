@@ -142,6 +142,11 @@ def wide(b: Tensor, dtype: torch.dtype) -> Tensor:
     return b.detach().transpose(-1, -2).flatten(0, -2).to(dtype, memory_format=torch.contiguous_format)
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """Return x with features side by side in memory, as kernels read them; some families transpose before a layer."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
     """Return d(x) [n, F], x with rows of unit stride."""
     if dropout is None or not len(x):
@@ -268,4 +273,4 @@ def adapted_linear(x: Tensor, layer: nn.Module, parts: Sequence[Part], tensors: 
         parts: tokens that have an update, in order.
         tensors: for each part A, B and the experts' weights [n, E] (None for a single update).
     """
-    return _AdaptedLinear.apply(x, layer, parts, *tensors)
+    return _AdaptedLinear.apply(unit_stride(x), layer, parts, *tensors)
