@@ -121,6 +121,17 @@ def test_a_file_that_is_no_report_stays_and_the_run_is_done_all_the_same(
     assert "no report was written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", ["banana", "0,", "-1", "4711", "0,4711"])
+def test_a_gpu_that_is_not_there_is_refused(
+    here: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str
+) -> None:
+    write_config(adapter("a"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert main(RunOptions(str(base), cuda_device=device)) == 2
+    shown = capsys.readouterr().err
+    assert "--cuda_device" in shown and device in shown and not Path("a").exists()
+
+
 def test_limit_is_said_in_every_result(here: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_config(adapter("a"))
     assert main(RunOptions(str(base), limit=5, dir="out")) == 0

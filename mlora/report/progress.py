@@ -81,7 +81,7 @@ class Progress:
                 f"loss {row.loss:.4f}" if row.tokens else "loss -",
                 f"lr {row.lr:.1e}",
                 f"{row.tokens / max(row.seconds, 1e-9):,.0f} tokens/s",
-                f"ETA {_duration((row.total - row.step) * row.seconds / max(row.step - row.begun, 1))}",
+                f"ETA {_time_left(row)}",
             )
             for name, row in self.rows.items()
         ]
@@ -117,6 +117,13 @@ class Rows:
         self._last_line = time.monotonic()
         text = f"evaluating {task}: {done}/{rows} rows"
         print(f"\r\x1b[K{text}" if self._on_terminal else text, end="" if self._on_terminal else "\n", flush=True)
+
+
+def _time_left(row: _Row) -> str:
+    """Return what an adapter still needs at the pace of its steps so far; "-" where there is none to go by."""
+    if row.step == row.begun and row.step < row.total:
+        return "-"
+    return _duration((row.total - row.step) * row.seconds / max(row.step - row.begun, 1))
 
 
 def _duration(seconds: float) -> str:

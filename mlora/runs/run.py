@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -127,6 +128,12 @@ class Run:
         options = self.options
         if options.num_gpus > 1 or os.environ.get("WORLD_SIZE", "1") != "1":
             raise _bad("--num_gpus", "training on several GPUs is not built yet; leave it at 1")
+        wanted = options.cuda_device
+        if wanted is not None and not re.fullmatch(r"\d+(,\d+)*", wanted):
+            raise _bad("--cuda_device", f"{wanted!r} is not allowed; allowed: numbers of GPUs, such as 0 or 0,1")
+        visible = torch.cuda.device_count()
+        if wanted is not None and visible < len(wanted.split(",")):
+            raise _bad("--cuda_device", f"{wanted}: {visible or 'none'} of these GPUs can be seen here")
         for one, other in (("resume", "overwrite"), ("evaluate", "inference"), ("resume", "evaluate")):
             if getattr(options, one) and getattr(options, other):
                 raise _bad(f"--{one}", f"cannot be combined with --{other}")

@@ -39,3 +39,9 @@ def test_r25_on_a_terminal_one_table_of_all_adapters(
         "a", "step", "loss", "lr", next(iter(table.columns[4].cells)).split(" ")[0], "ETA",
     ]  # fmt: skip
     assert "step 1/2" in capsys.readouterr().out
+
+
+def test_an_adapter_that_has_not_begun_has_no_time_left_to_show() -> None:
+    with Progress({"a": 200, "waits": 200, "done": 5}, {"done": 5}) as shown:
+        shown.step("a", 1, MEASURED)
+        assert [cells[-1] == "ETA -" for cells in shown._cells()] == [False, True, False]
