@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from mlora import Batch, MixLoraModelForCausalLM, MultiAdapterModel
 from mlora.adapters import METHODS
 from mlora.config import JobConfig, RunOptions
 from mlora.data import EncodedQuestion, Sample
-from mlora.evaluation import Request, predict
+from mlora.evaluation import Examination, Request, check_heads, predict
 from mlora.export import export
 from mlora.model import card, files
 from mlora.model.batch import Row
@@ -240,6 +242,28 @@ def test_the_predecessors_head_is_read(tmp_path: Path) -> None:
     assert torch.equal(model.adapter_tensors("old")["mixlora.score.weight"], head)
 
 
+def test_a_folder_says_what_its_head_was_trained_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mlora"), "propagate", True)
+    model = multi()
+    model.add_adapter("x", VARIANTS["lora"], num_labels=2)
+    model.save_adapter("x", tmp_path / "unsaid")
+    model.adapter_module("x").head_task = "glue:rte"
+    model.save_adapter("x", tmp_path / "said")
+    for name in ("unsaid", "said"):
+        model.load_adapter(tmp_path / name)
+    assert [r.getMessage().startswith(str(tmp_path / "unsaid")) for r in caplog.records] == [True]
+    check_heads(
+        model, [Examination("said", "glue:rte"), *(Examination("unsaid", f"glue:{t}") for t in ("rte", "mrpc"))]
+    )
+    with pytest.raises(ModelError, match="said has a classification head for glue:rte, not for glue:mrpc"):
+        check_heads(model, [Examination("said", "glue:mrpc")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peft.PeftConfig.from_pretrained(tmp_path / "said")
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +415,10 @@ def test_a_saved_adapter_of_another_kind_is_exit_2(here: Path, base: Path, capsy
         assert main(RunOptions(str(base), **options)) == 2
         error = capsys.readouterr().err
         assert "classification head" in error and "Traceback" not in error
+    shutil.copytree("data/glue-mrpc", "data/glue-rte")
+    write_config(entry("a", task_name="glue:rte"))
+    assert main(RunOptions(str(base), evaluate=True)) == 2
+    assert "a has a classification head for glue:mrpc, not for glue:rte" in capsys.readouterr().err
     write_config(entry("b"))
     assert main(RunOptions(str(base), evaluate=True)) == 2
     assert "b has no classification head; the task glue:mrpc needs one of 2 labels" in capsys.readouterr().err

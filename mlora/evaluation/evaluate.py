@@ -88,6 +88,9 @@ def check_heads(model: MultiAdapterModel, examinations: Iterable[Examination]) -
             has = "no classification head" if labels is None else f"a classification head of {labels} labels"
             needs = f"one of {len(task.labels)} labels" if task.labels else "none"
             raise ModelError(f"{BASE if name is None else name} has {has}; the task {task.name} needs {needs}")
+        trained = None if name is None else model.adapter_module(name).head_task
+        if trained is not None and trained != task.name:
+            raise ModelError(f"{name} has a classification head for {trained}, not for {task.name}")
 
 
 def conditions(model: MultiAdapterModel, adapter: str | None, questions: QuestionSet) -> Conditions:

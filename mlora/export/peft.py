@@ -20,4 +20,5 @@ def write(source: Source, folder: Path, title: str) -> None:
     method = source.shapes().saved_config(NAME)
     place = source.origin
     base = load.published(place.given)
-    files.write(folder, method, source.tensors, base, place.revision, title, source.making())
+    task = files.head_task(source.folder)
+    files.write(folder, method, source.tensors, base, place.revision, title, source.making(), task)

@@ -27,6 +27,7 @@ class Adapter(nn.Module):
         tensors: by site path and declared name.
         blocks: feed-forward blocks it spans, by path.
         head: [labels, D], without a bias, as `score` of transformers' sequence classifiers; None where there is none.
+        head_task: name of the task that the head is trained for; None where that is not known.
     """
 
     head: nn.Parameter | None
@@ -56,6 +57,7 @@ class Adapter(nn.Module):
         self.blocks = {path: block for path, block in self.blocks.items() if path in self.tensors}
         key = ops.stable_hash(seed, name, HEAD)
         self.head = None if head is None else nn.Parameter(initial(head, key, device))
+        self.head_task: str | None = None
 
     @property
     def num_labels(self) -> int | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,6 +34,7 @@ CLASSIFICATION = "SEQ_CLS"
 _HEADS = ["classifier", HEAD]
 """What PEFT lists in modules_to_save for them: names of heads in transformers, of which a model has one."""
 _PREDECESSORS_HEAD = "classifier"
+_HEAD_TASK = "head_task"
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def write(
     revision: str | None,
     name: str | None = None,
     making: card.Making | None = None,
+    head_task: str | None = None,
 ) -> None:
     """Write an adapter folder and its model card.
 
@@ -98,11 +100,14 @@ def write(
         revision: of the base model's repository.
         name: of the adapter, for the card; None for the folder's.
         making: how it was trained, for the card.
+        head_task: what its classification head was trained for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = _to_file(method, tensors) | {"base_model_name_or_path": base_model, "revision": revision}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS, {"format": "pt"})
+    # beside the tensors, because PEFT warns of keys in the config that it does not know
+    about = {"format": "pt"} | ({} if head_task is None else {_HEAD_TASK: head_task})
+    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS, about)
     shutil.copymode(folder / CONFIG, folder / TENSORS)  # safetensors closes its files to everyone but their owner
     card.write_for_adapter(folder, name, method, base_model, making, head_name(method) in tensors)
 
@@ -127,6 +132,15 @@ def num_labels(method: Method, tensors: dict[str, Tensor]) -> int | None:
     """Return the classes of the classification head among an adapter file's tensors; None where there is none."""
     head = tensors.get(head_name(method))
     return None if head is None else next(iter(head.shape), 0)
+
+
+def head_task(folder: Path) -> str | None:
+    """Return what an adapter folder's classification head was trained for; None where it does not say."""
+    if not (folder / TENSORS).exists():
+        return None
+    with safe_open(folder / TENSORS, "pt") as file:
+        task: str | None = (file.metadata() or {}).get(_HEAD_TASK)
+    return task
 
 
 def base_model(folder: Path) -> tuple[str | None, str | None]:

@@ -230,6 +230,9 @@ class MultiAdapterModel(nn.Module):
         except ModelError:
             self.remove_adapter(name)
             raise
+        adapter.head_task = None if adapter.head is None else files.head_task(folder)
+        if adapter.head is not None and adapter.head_task is None:
+            log.warning("%s does not say what its classification head was trained for: any task may be scored", folder)
         return name
 
     def restore_adapter(self, name: str, tensors: dict[str, Tensor], source: str) -> None:
@@ -271,7 +274,8 @@ class MultiAdapterModel(nn.Module):
             making: how it was trained, for the card.
         """
         method, tensors, base = self.saved_config(name), self.adapter_tensors(name), self.origin
-        files.write(Path(path), method, tensors, base.given, base.revision, name, making)
+        task = self.adapter_module(name).head_task
+        files.write(Path(path), method, tensors, base.given, base.revision, name, making, task)
 
     def saved_config(self, name: str) -> Method:
         """Return an adapter's config as its file says it: target modules by name, rather than by group."""

@@ -191,6 +191,8 @@ class Run:
                 model.train_as(job.name, method, job.seed, job.num_labels)
             else:
                 model.add_adapter(job.name, method, job.seed, job.num_labels)
+            if job.num_labels is not None and not (options.evaluate or options.inference):
+                model.adapter_module(job.name).head_task = find_task(job.task_name, job.protocol).name
 
     # -- training --------------------------------------------------------------------------------------------------
 
