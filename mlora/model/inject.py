@@ -61,6 +61,10 @@ class AdaptedLinear(nn.Module):
         """The frozen bias."""
         return self.frozen.bias  # type: ignore[return-value]
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Hand a parameter to the frozen layer: transformers ties the output layer's weight by setting it."""
+        self.frozen.register_parameter(name, param)
+
     def forward(self, x: Tensor) -> Tensor:
         # asked before the segments: without an adapter of its own, an output layer may be given any tokens
         if not any(self._holds(name) for name in self.scope.names()):

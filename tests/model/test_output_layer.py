@@ -112,3 +112,12 @@ def test_losses_of_others_still_pass_the_wrapper_by(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(type(model), "_run", None)
     model(Batch.from_rows(ids, mask, None, ["y", "y"]))  # computes no whole logits
     assert whole[0]["y"].num_tokens < whole[1]["y"].num_tokens
+
+
+def test_weights_can_be_tied_again() -> None:
+    model = multi(tie_word_embeddings=True)
+    ids, mask = rows(2)
+    before = model.logits(ids, mask, [None, None])
+    model.hf_model.tie_weights()
+    assert torch.equal(model.logits(ids, mask, [None, None]), before)
+    assert model.hf_model.get_output_embeddings().weight is model.hf_model.get_input_embeddings().weight
