@@ -294,9 +294,28 @@ def test_dry_run_loads_no_weights_and_writes_nothing(
     row = next(line.split() for line in shown.splitlines() if line.startswith("a "))
     assert row[1:6] == ["mixlora", "4", "4", "24", "6"] and int(row[7].replace(",", "")) > 10_000
     assert shown.count("unknown: rows of") == 2 and "allenai/ai2_arc" in shown
-    assert [p for p in sorted(here.rglob("*")) if p.name != "mlora.log"] == before
+    assert sorted(here.rglob("*")) == before
+    assert "checkpoints" in shown and "mlora.log" in shown and "router.jsonl" in shown
+    lines = shown[shown.index("writes to") :].partition("unknown")[0].splitlines()
+    assert all(len(line) <= 80 for line in lines)
     assert main(RunOptions("meta-llama/Llama-2-7b-hf", dry_run=True)) == 0
     assert "unknown" in capsys.readouterr().out
+
+
+def test_a_dry_run_is_refused_where_the_run_is_and_names_only_what_is_written(
+    here: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(adapter("a"))
+    assert main(RunOptions(str(base), dry_run=True, dir="out")) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "writes to out: config.json," in shown and "adapters/a, checkpoints, log.txt" in shown
+    assert "router.jsonl" not in shown and not Path("out").exists()
+    assert main(RunOptions(str(base), dry_run=True, dir="out", log_file=str(here / "own.log"))) == 0
+    assert "checkpoints; and /" in " ".join(capsys.readouterr().out.split())
+    Path("a").mkdir()
+    Path("a/adapter_config.json").write_text("{}")
+    assert main(RunOptions(str(base), dry_run=True)) == 2
+    assert "a: exists already" in capsys.readouterr().err and not Path("mlora.log").exists()
 
 
 @pytest.mark.parametrize("broken", ["alone", "beside"])

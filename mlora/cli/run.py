@@ -43,7 +43,7 @@ run_options = all_of(
         base_source,
         option("time_limit", "Minutes after which it stops at a checkpoint.", click.FloatRange(0, min_open=True)),
         option("tracker", "tensorboard, wandb, trackio or mlflow; several with commas.", metavar="NAMES"),
-        option("log_file", "Where the log goes.", default="mlora.log", show_default=True),
+        option("log_file", "Where the log goes. [default: mlora.log; with --dir, its log.txt]", default="mlora.log"),
         option("debug", "Show tracebacks; find non-finite gradients.", bool, default=False),
     ]
 )

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mlora.config import ConfigError, JobConfig, Problem
+from mlora.config import ConfigError, JobConfig, Problem, RunOptions
 from mlora.config.jsonfile import write_atomically, write_json
 from mlora.evaluation import BASE, Conditions, Examination, Outcome
 from mlora.model.profile import RouterProfile
@@ -52,10 +52,10 @@ class RunFolder:
         """Folder of one adapter."""
         return self.adapters / name
 
-    def files(self, names: Iterable[str]) -> list[Path]:
-        """Return everything a run of these adapters writes."""
-        own = [self.config, self.environment, self.metrics, self.router, self.results, self.report]
-        return [*own, *map(self.adapter, names)]
+    def files(self, names: Iterable[str], routed: bool = True) -> list[Path]:
+        """Return the files and the adapters that a run of these adapters leaves; `routed`: any of them has routers."""
+        own = [self.config, self.environment, self.metrics, self.results, self.report]
+        return [*own, *([self.router] if routed else []), *map(self.adapter, names)]
 
     def require_free(self, names: Iterable[str]) -> None:
         """Refuse to write over what lies there.
@@ -251,6 +251,12 @@ def environment(command: list[str], options: dict[str, Any]) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {name: installed for name in PACKAGES if (installed := _version(name))},
     }
+
+
+def log_path(folder: str, log_file: str) -> Path:
+    """Return where the log goes: beside the rest of a run that has a folder, unless a place of its own is asked for."""
+    beside = folder != "." and log_file == RunOptions(base_model="").log_file
+    return Path(folder) / "log.txt" if beside else Path(log_file)
 
 
 def now() -> str:

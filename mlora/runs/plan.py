@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -80,7 +81,7 @@ class Plan:
                 "",
                 columns(header, [self._row(job) for job in self.jobs], left=2),
                 "",
-                "writes " + ", ".join(map(str, self.files)),
+                _written(self.files),
                 *(f"unknown: {note}" for note in self.notes),
             ]
         )
@@ -96,6 +97,15 @@ class Plan:
             *(("unknown" if n is None else f"{n:,}") for n in (job.rows, job.steps, job.tokens, job.parameters)),
             "unknown" if share is None else f"{100 * share:.2f}%",
         ]
+
+
+def _written(files: Sequence[Path]) -> str:
+    """Return what is written in lines of a terminal's width: the folder, then the names within."""
+    folder = files[0].parent
+    names = ", ".join(str(file.relative_to(folder)) for file in files if file.is_relative_to(folder))
+    elsewhere = "".join(f"; and {file}" for file in files if not file.is_relative_to(folder))
+    text = f"writes to {folder}: {names}{elsewhere}"
+    return textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
 def dry_plan(

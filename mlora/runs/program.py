@@ -12,6 +12,7 @@ from typing import Protocol
 from mlora.config import ConfigError, Problem, RunOptions
 from mlora.data import DataError
 from mlora.model.errors import ModelError
+from mlora.runs.folder import log_path
 from mlora.runs.run import Run, RunError
 from mlora.tasks import UnknownTaskError
 from mlora.training.checkpoint import CheckpointError
@@ -70,7 +71,8 @@ def finish(work: Callable[[], None], options: Told) -> int:
         print(str(error) or "interrupted", file=sys.stderr)
         return 130
     except Exception as error:  # the last resort of a program: one line for the user, all of it in the log
-        return _fail(error, 1, options, f"; the traceback is in {logs}")
+        where = "--debug shows the traceback" if logs is None else f"the traceback is in {logs}"
+        return _fail(error, 1, options, f"; {where}")
 
 
 def _fail(error: Exception, status: int, options: Told, hint: str = "") -> int:
@@ -82,20 +84,26 @@ def _fail(error: Exception, status: int, options: Told, hint: str = "") -> int:
     return status
 
 
-def _log_to(options: Told) -> Path:
-    """Write everything to the log file, warnings to standard error."""
-    path = Path(options.log_file)
-    if options.dir != "." and options.log_file == RunOptions(base_model="").log_file:
-        path = Path(options.dir) / "log.txt"
+def _log_to(options: Told) -> Path | None:
+    """Write everything to the log file, whose path is returned, and warnings to standard error; a dry run has no file.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    to_user = logging.StreamHandler()
+    to_user.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    to_user.setLevel(logging.WARNING)
+    log.handlers[:] = [to_user]
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    if getattr(options, "dry_run", False):
+        return None
+    path = log_path(options.dir, options.log_file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_file, to_user = logging.FileHandler(path, encoding="utf-8"), logging.StreamHandler()
+        to_file = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
         raise ConfigError(str(path), [Problem("", f"cannot be written: {error.strerror}")]) from error
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    to_user.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    to_user.setLevel(logging.WARNING)
-    log.handlers[:] = [to_file, to_user]
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
+    log.handlers.insert(0, to_file)
     return path

@@ -26,7 +26,7 @@ from mlora.report.grid import ranking, ranking_table
 from mlora.report.table import results_table
 from mlora.runs.answer import answer_lines
 from mlora.runs.assess import assess, examinations, of_base
-from mlora.runs.folder import RunFolder, command_line
+from mlora.runs.folder import RunFolder, command_line, log_path
 from mlora.runs.plan import Plan, PlannedJob, dry_plan
 from mlora.runs.report import write_report
 from mlora.runs.rows import Reader
@@ -84,7 +84,10 @@ class Run:
 
     def _do(self) -> list[str]:
         """Do it, and return what failed."""
-        options, written = self.options, self.folder.files(job.name for job in self.config.lora)
+        options, configs = self.options, self.config.lora
+        routed = any(hasattr(job.method, "num_experts") for job in configs)
+        written = [*self.folder.files([job.name for job in configs], routed), self.folder.checkpoints]
+        written += [log_path(options.dir, options.log_file)]
         if options.dry_run:
             seed = options.random_seed
             print(dry_plan(self.config, self.origin, self.dtype, self.device, self._cutoff, seed, written))
@@ -145,7 +148,7 @@ class Run:
             missing = [str(self.folder.adapter(name)) for name in names if not self.folder.adapter(name).is_dir()]
             if missing:
                 raise _bad(f"--{reading[0]}", f"no adapter folder {', '.join(missing)}; train it first, or set --dir")
-        elif not (options.resume or options.overwrite or options.dry_run):
+        elif not (options.resume or options.overwrite):
             self.folder.require_free(names)
         trackers = tracking.problem(self._trackers)
         if trackers is not None:
