@@ -126,3 +126,10 @@ def test_the_published_averages_are_those_of_the_published_figures() -> None:
         assert mean(values) == pytest.approx(AVERAGES[method], abs=0.06)
     assert [row[-1] for row in paper_rows(TASKS)] == ["71.8", "75.3", "77.6", "78.2"]
     assert paper_rows(["glue:sst2"]) == [] and paper_rows(["boolq"])[0] == ["LoRA (paper)", "2.9%", "62.2"]
+
+
+@pytest.mark.parametrize("flag", ["seeds", "protocols", "tasks", "methods"])
+def test_a_flag_is_told_once_and_by_name(base: Path, here: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    assert run(base, **{flag: "foo"}) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f'Error: --{flag}: "foo" is ') and said.count("foo") == 1

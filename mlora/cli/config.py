@@ -18,7 +18,7 @@ OVERRIDES = [
     ("save_step", "save_step", int, "Optimizer steps between checkpoints."),
     ("prompt_template", "prompt", str, "Prompt template of instruction data."),
     ("lr_scheduler", "scheduler_type", str, "Schedule, by transformers' name."),
-    ("warmup_steps", "warmup_steps", float, "Steps in which the learning rate rises."),
+    ("warmup_steps", "warmup_steps", int, "Steps in which the learning rate rises."),
     ("learning_rate", "lr", float, "Learning rate."),
     ("loraplus_lr_ratio", "loraplus_lr_ratio", float, "Learning rate of B over that of A."),
     ("batch_size", "batch_size", int, "Sequences of an optimizer step."),
@@ -41,7 +41,7 @@ OVERRIDES = [
 @option("data_path", 'Local data: one path for each task, joined by ";", or one folder.')
 @option("multi_task", "One adapter for the mixture of the tasks.", bool, default=False)
 @option("sweep", 'Values to compare, one adapter each: "lr=1e-4,2e-4;r=8,16".')
-@option("append", "Add to the file rather than replace it.", bool, default=False)
+@option("append", "Add to the file rather than replace it; begins one that is not there.", bool, default=False)
 @all_of([option(flag, help, kind) for flag, _, kind, help in OVERRIDES])
 def gen(
     template: str,

@@ -13,10 +13,10 @@ from mlora.report.paper import TASKS
 
 @program.command()
 @base_model
-@option("methods", 'Templates, joined by ",".', default="lora,dora,mixlora,mixdora", show_default=True)
-@option("tasks", 'Task names, joined by ",". [default: the eight]', default=",".join(TASKS))
-@option("seeds", 'Seeds, joined by ",".', default="1,2,3", show_default=True)
-@option("protocols", 'Ways to train and score, joined by ",". [default: a task\'s first]')
+@option("methods", 'Templates, joined by "," or ";".', default="lora,dora,mixlora,mixdora", show_default=True)
+@option("tasks", 'Task names, joined by "," or ";". [default: the eight]', default=",".join(TASKS))
+@option("seeds", 'Seeds, joined by "," or ";".', default="1,2,3", show_default=True)
+@option("protocols", 'Ways to train and score, joined by "," or ";". [default: a task\'s first]')
 @option("multi_task", "One adapter for all tasks.", bool, default=False)
 @option("scale", "Size of the adapters.", click.Choice(["paper", "small"]), default="paper", show_default=True)
 @option("data_path", 'Local data: one path for each task, joined by ";", or one folder.')

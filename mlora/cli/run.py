@@ -30,7 +30,7 @@ run_options = all_of(
         option("limit", "Rows read of each split, for a quick look.", click.IntRange(1)),
         option("random_seed", "Seed of everything random.", int, default=42, show_default=True),
         option("deterministic", "Use deterministic kernels only.", bool, default=False),
-        option("num_gpus", "GPUs to spread the batches over.", click.IntRange(1), default=1, show_default=True),
+        option("num_gpus", "GPUs; more than one is not built yet.", click.IntRange(1), default=1, show_default=True),
         option("cuda_device", "GPUs that may be used: 0, or 0,1.", metavar="N"),
         option("dtype", "Of the base model. [default: bf16 on CUDA, fp32 else]", DTYPES),
         option("quantize", "Load the base model quantised.", click.Choice(["4bit", "8bit"])),

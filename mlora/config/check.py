@@ -84,6 +84,8 @@ def allowed(schema: Schema, defs: Schema) -> str:
         "array": "a list",
         "object": "an object",
     }.get(schema.get("type", ""), "another value")
+    if kind == "a list" and schema.get("minItems"):
+        kind = "a list of at least one adapter"
     if kind == "a list" and schema.get("items", {}).get("type") == "string":
         kind = "a list of texts"
     return f"{kind} {limits}".rstrip()

@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mlora.config.errors import ConfigError, Problem, show
+from mlora.config.errors import ConfigError, Problem, did_you_mean, show
 from mlora.config.job import CASUAL
 from mlora.config.jsonfile import read_json, write_json
 from mlora.config.load import parse_config
@@ -62,7 +62,7 @@ def generate(
         adapter_name: stem of the adapters' names; the tasks' own where left out.
         data_path: one for each task joined by ";", or a folder with a subfolder for each task.
         multi_task: train one adapter on the mixture of the tasks.
-        append: add to the config in the file rather than replace it.
+        append: add to the config in the file, where there is one, rather than replace it.
         sweep: keys and values of which every combination gets an adapter, `key=value,value;key=value`.
         overrides: keys of the file that replace the template's, where not None.
 
@@ -77,7 +77,7 @@ def generate(
     for_run = {key: value for key, value in given.items() if key in run_schema()["properties"]}
     for_each = {key: value for key, value in given.items() if key not in for_run}
 
-    if append:
+    if append and Path(file_name).exists():
         config = read_json(file_name)
         parse_config(config, str(file_name))
     else:
@@ -88,6 +88,9 @@ def generate(
         config.pop("train_lora_simultaneously_num", None)  # all of them side by side
         config["sweep"] = list(dict.fromkeys([*config.get("sweep", []), *combinations[0]]))
     names = [part.strip() for part in tasks.split(";") if part.strip()]
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise _wrong("--tasks", f"{show(twice)} is named twice")
     subjects = _subjects(names, _data_of_each(names, data_path), multi_task)
     for entry, subject, combination in product(entries, subjects, combinations):
         name = f"{adapter_name or subject.stem}_{len(config['lora'])}"
@@ -122,6 +125,10 @@ def _check_data(name: str, tasks: list[str]) -> None:
         return
     if name.endswith(_FILES) or name.startswith((".", "/", "~")):
         raise _wrong("--tasks", f"{show(name)}: no such file or folder")
+    if name.startswith("glue:"):
+        raise _wrong("--tasks", f"{show(name)} is no task{did_you_mean(name, tasks)}")
+    if name.count("/") > 1:
+        raise _wrong("--tasks", f"{show(name)}: no such file or folder, and no hub id has more than one /")
     if "/" in name:
         return
     spellings = {task: task for task in tasks} | {task.rpartition(":")[2]: task for task in tasks}

@@ -58,9 +58,10 @@ def parse_config(obj: Any, source: str = "config") -> RunConfig:
         job, found = _parse_entry(entry, f"lora[{i}]")
         jobs += [] if job is None else [job]
         faults += found
+    faults += _same_folders(entries)
     config, found = construct(RunConfig, values | {"lora": tuple(jobs)}, schema, "")
     found = _unsaid(found, problems)
-    if entries and not jobs:  # the faults of each are enough
+    if entries:  # the faults of each are enough
         found = [problem for problem in found if problem.path != "lora"]
     problems += found + faults
     if config is None or problems:
@@ -121,6 +122,19 @@ def _parse_entry(entry: object, path: str) -> tuple[JobConfig | None, list[Probl
     job, found = construct(JobConfig, rest | {"method": method or stand_in}, schema, path)
     problems += _unsaid(found, problems)
     return (None if problems else job), problems
+
+
+def _same_folders(entries: object) -> list[Problem]:
+    """Return a problem for every name that an earlier adapter has, where case does not count."""
+    first: dict[str, str] = {}
+    problems = []
+    for i, entry in enumerate(entries if isinstance(entries, list | tuple) else ()):
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if isinstance(name, str) and first.setdefault(name.lower(), f"lora[{i}]") != f"lora[{i}]":
+            other = first[name.lower()]
+            message = f"{show(name)} is not allowed; expected names that differ by more than case, and {other} has it"
+            problems.append(Problem(f"lora[{i}].name", message))
+    return problems
 
 
 def _choose_method(entry: dict[str, Any], path: str) -> tuple[type[Method] | None, list[Problem]]:

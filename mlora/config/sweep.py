@@ -35,6 +35,8 @@ def parse_sweep(text: str, entries: Sequence[Mapping[str, Any]]) -> list[dict[st
             problems.append(Problem(key, f"is not swept; give it by {_GIVEN_ELSEWHERE[key]}"))
         elif key in values:
             problems.append(Problem(key, "is given more than once"))
+        elif repeated := [option for i, option in enumerate(options) if option in options[:i]]:
+            problems.append(Problem(key, f"{show(repeated[0])} is given more than once"))
         else:
             values[key] = options
             problems += [p for entry in entries for option in options for p in _problems(entry, key, option)]

@@ -174,7 +174,7 @@ def _instruction_parts(
     """Yield rows, how to encode one, and their name, for every part of instruction data."""
     paths = task_names(data or "")
     if not paths:
-        raise DataError('instruction data (task "casual") needs `data`: a file, a folder or a hub id')
+        raise DataError('data: instruction data (task "casual") needs `data`: a file, a folder or a hub id')
     template = find_prompt(prompt)
 
     def encode_row(row: Row) -> Sample | None:

@@ -57,9 +57,7 @@ def find_prompt(name_or_path: str | None = None) -> PromptTemplate:
         return _load(known[stem])
     nearest = difflib.get_close_matches(stem, known, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else "."
-    raise DataError(
-        f"prompt template {wanted!r}: no such file or name{hint} Known: {', '.join(sorted(known)) or 'none'}"
-    )
+    raise DataError(f"prompt: {wanted!r}: no such file or name{hint} Known: {', '.join(sorted(known)) or 'none'}")
 
 
 def _load(path: Path) -> PromptTemplate:

@@ -48,6 +48,8 @@ def read_file(path: Path) -> Iterator[SourceRow]:
     """
     name = path.name.lower().removesuffix(".gz")
     try:
+        if not path.exists():
+            raise FileNotFoundError
         if not is_data_file(path):
             raise DataError(f"{path}: cannot tell its format; expected a name ending with {', '.join(EXTENSIONS)}")
         if name.endswith(".parquet"):
@@ -59,7 +61,7 @@ def read_file(path: Path) -> Iterator[SourceRow]:
         else:
             yield from _json_lines(path)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{path}: no such file or folder") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 

@@ -10,6 +10,7 @@ import torch
 
 from mlora.config import ConfigError, Problem
 from mlora.export import merged, mixlora, mixtral, peft
+from mlora.export.refusal import FORMATS_OF
 from mlora.export.source import Source
 from mlora.model import files, load
 from mlora.model.errors import ModelError
@@ -56,8 +57,11 @@ def export(
         raise _bad("--dtype", f"{dtype!r} is not allowed; allowed: {allowed}")
     _require_free(place, overwrite, folder, Path(base_model).expanduser())
     source = Source.read(base_model, folder, revision, trust_remote_code)
-    if format != "peft" and files.num_labels(source.method, source.tensors) is not None:
-        raise ModelError(f"--format {format}: has no place for the classification head of {folder}; peft alone has")
+    if files.num_labels(source.method, source.tensors) is not None:
+        if "peft" not in FORMATS_OF.get(source.method.method, ()):
+            raise ModelError(f"--format {format}: no format holds a {source.method.method} with a classification head")
+        if format != "peft":
+            raise ModelError(f"--format {format}: has no place for the classification head of {folder}; peft alone has")
     with files.whole_folder(place) as whole:
         if format in ADAPTERS:
             ADAPTERS[format](source, whole, place.name)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mlora.config import ConfigError, JobConfig, Problem, RunConfig, RunOptions, parse_config, resolved
+from mlora.config.errors import did_you_mean, show
 from mlora.config.jsonfile import read_json, write_atomically, write_json
 from mlora.config.templates import find_template
 from mlora.data import split_paths, task_names
@@ -30,7 +31,7 @@ from mlora.runs.folder import RunFolder
 from mlora.runs.paper import cost, paper_tables
 from mlora.runs.plan import shapes
 from mlora.runs.run import Run, RunError
-from mlora.tasks import find_task
+from mlora.tasks import PROTOCOLS, find_task, known_tasks
 from mlora.training.stop import Deadline, Paused, Stopped
 
 SMALL = {
@@ -137,6 +138,7 @@ class Reproduction:
     def _jobs(self) -> RunConfig:
         names, seeds = _listed("--tasks", self.tasks), _listed("--seeds", self.seeds)
         protocols: list[Any] = [None] if self.protocols is None else _listed("--protocols", self.protocols)
+        self._check(names, seeds, protocols)
         paths = dict(zip(names, split_paths(self.data_path, names), strict=True))
         entries = []
         groups = [names] if self.multi_task else [[name] for name in names]
@@ -150,10 +152,31 @@ class Reproduction:
                 "task_name": ";".join(task.name for task in tasks),
                 "protocol": tasks[0].protocol,
             }
-            own |= {"seed": int(seed) if seed.isdigit() else seed, "limit": self.train_limit}
+            own |= {"seed": int(seed), "limit": self.train_limit}
             own |= {"data": data or None, "eval_limit": self.test_limit or self.train_limit}
             entries.append(self._template(method) | own)
         return parse_config({"cutoff_len": self.cutoff_len, "lora": entries}, "reproduce")
+
+    def _check(self, names: Sequence[str], seeds: Sequence[str], protocols: Sequence[Any]) -> None:
+        """Refuse what a flag cannot mean, before a grid multiplies it."""
+        wanted: list[tuple[str, Any, Sequence[str]]] = [
+            ("--protocols", name, PROTOCOLS) for name in protocols if name is not None
+        ]
+        wanted += [("--tasks", name, known_tasks()) for name in names]
+        for flag, name, known in wanted:
+            if name not in known:
+                hint = did_you_mean(name, known)
+                raise ConfigError(
+                    flag, [Problem("", f"{show(name)} is not allowed; allowed: {', '.join(known)}{hint}")]
+                )
+        for seed in seeds:
+            if not (seed.isascii() and seed.isdigit()):
+                raise ConfigError("--seeds", [Problem("", f"{show(seed)} is not allowed; allowed: whole numbers >= 0")])
+        for method in _listed("--methods", self.methods):
+            try:
+                find_template(method)
+            except ConfigError as error:
+                raise ConfigError("--methods", error.problems) from None
 
     def _template(self, method: str) -> dict[str, Any]:
         """Return the settings of a method's adapters."""

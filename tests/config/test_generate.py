@@ -51,8 +51,21 @@ def test_appending_counts_on_and_keeps_the_file() -> None:
     assert [job.name for job in config.lora] == ["arc_e_0", "arc_e_1", "piqa_2"]
     assert [job.method.method for job in config.lora] == ["mixlora", "lora", "lora"]
     assert config.cutoff_len == 64
-    with pytest.raises(ConfigError, match="cannot be read"):
-        generate("lora", "piqa", "none.json", append=True)
+    assert len(generate("lora", "piqa", "none.json", append=True).lora) == 1
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        ("glue:foo", '"glue:foo" is no task; did you mean "glue:'),
+        ("a/b/c", "no such file or folder"),
+        ("arc-e;arc-e", '"arc-e" is named twice'),
+    ],
+)
+def test_a_task_that_cannot_be_meant(tasks: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        generate("lora", tasks)
+    assert said in str(caught.value) and "--tasks" in str(caught.value)
 
 
 def test_overrides_replace_the_templates_values() -> None:

@@ -268,7 +268,7 @@ def test_every_error_at_once_in_plain_words_and_at_most_15_lines() -> None:
 
 def test_names_must_not_share_a_folder() -> None:
     for pair in [("a", "a"), ("a", "A")]:
-        assert "differ by more than case" in problems({"lora": [{"name": name} for name in pair]})["lora"]
+        assert "differ by more than case" in problems({"lora": [{"name": name} for name in pair]})["lora[1].name"]
     with pytest.raises(ValueError, match="more than case"):
         RunConfig(lora=(one().lora[0], one().lora[0]))
 
@@ -354,3 +354,13 @@ def test_check_name_says_what_is_allowed() -> None:
     check_name("mixlora_0")
     with pytest.raises(ConfigError, match="adapter name: .* expected letters, digits"):
         check_name("../x")
+
+
+def test_a_name_twice_is_told_beside_the_other_faults() -> None:
+    found = problems({"cutoff": 1, "lora": [{**LORA, "name": "a"}, {**LORA, "name": "A"}]})
+    assert found["lora[1].name"].startswith('"A" is not allowed') and "lora[0] has it" in found["lora[1].name"]
+    assert set(found) == {"cutoff", "lora[1].name"}
+
+
+def test_no_adapters() -> None:
+    assert problems({"lora": []})["lora"] == "[] is not allowed; allowed: a list of at least one adapter"

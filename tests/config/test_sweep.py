@@ -30,6 +30,7 @@ def test_every_combination_once_the_first_key_changing_last() -> None:
         ("cutoff_len=64", "cutoff_len: belongs at the top level"),
         ("name=b", "name: is not swept; give it by --adapter_name"),
         ("r=8;r=16", "r: is given more than once"),
+        ("r=8,8", "r: 8 is given more than once"),
         ("r", '"r" is not allowed; allowed: KEY=VALUE,VALUE'),
         ("=4", "is not allowed"),
         ("", "is not allowed"),

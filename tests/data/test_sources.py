@@ -190,3 +190,8 @@ def test_hub_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Excep
     ) as info:
         list(task_rows(find_task("boolq"), None, "test"))
     assert type(info.value) is kind
+
+
+def test_what_is_not_there_is_no_question_of_format(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nosuch: no such file or folder"):
+        list(instruction_rows(str(tmp_path / "nosuch")))

@@ -171,6 +171,15 @@ def test_merged_and_peft_refuse_mixtures(variant: str, tmp_path: Path) -> None:
         case.export("peft")
 
 
+def test_no_format_holds_a_mixture_with_a_head(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mixlora")
+    case.model.add_adapter("h", VARIANTS["mixlora"], num_labels=2)
+    case.model.save_adapter("h", tmp_path / "h")
+    for format in ("peft", "mixlora", "mixtral", "merged"):
+        with pytest.raises(ModelError, match="no format holds a mixlora with a classification head"):
+            export(format, str(case.base), tmp_path / "h", case.output)
+
+
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa", "lora-mlp"])
 def test_peft(variant: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
