@@ -232,7 +232,7 @@ def test_r7_killed_before_every_call_to_the_file_system(tmp_path: Path) -> None:
     outcomes = []
     for deadly in range(1, 10**6):
         copy = tmp_path.parent / f"{tmp_path.name}-{deadly}"
-        os.system(f"cp -r {tmp_path} {copy}")
+        shutil.copytree(tmp_path, copy)
 
         def save(_: Callable[[], None]) -> None:
             calls = 0

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlora.ops.fused.linear import Dropout
+from mlora.ops.fused.linear import Dropout, mask_settings
 from mlora.ops.fused.masks import dropped_out, token_keys
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -115,13 +115,10 @@ def _gated_grad(
 
 
 def _settings(dropout: Dropout | None, activation: str, k: int, weights: Tensor | None, keep: bool) -> dict[str, Any]:
-    return {
-        "salt": 0 if dropout is None else dropout.salt,
-        "dropped": 0 if dropout is None else dropout.dropped,
+    return mask_settings(dropout) | {
         "ACT": ACTIVATIONS[activation],
         "K": k,
         "WEIGHTED": weights is not None,
-        "DROP": dropout is not None,
         "KEEP": keep,
         "BT": 4,
         "BI": 512,

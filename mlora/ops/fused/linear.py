@@ -111,13 +111,15 @@ def _outer(
     tl.store(place, total * scale, mask=wanted[:, None] & inside[None, :])
 
 
+def mask_settings(dropout: Dropout | None) -> dict[str, Any]:
+    """Return what a kernel takes of a dropout, besides its keys."""
+    if dropout is None:
+        return {"salt": 0, "dropped": 0, "DROP": False}
+    return {"salt": dropout.salt, "dropped": dropout.dropped, "DROP": True}
+
+
 def _settings(x: Tensor, dropout: Dropout | None) -> dict[str, Any]:
-    return {
-        "salt": 0 if dropout is None else dropout.salt,
-        "dropped": 0 if dropout is None else dropout.dropped,
-        "DROP": dropout is not None,
-        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
-    }
+    return mask_settings(dropout) | {"PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
 
 
 def _columns_block(columns: int) -> int:
