@@ -140,6 +140,27 @@ def test_resuming_under_deterministic_ends_in_the_same_bits(base: Path, tmp_path
         assert files[0].read_bytes() == files[1].read_bytes(), f"{name}: up to {largest:.1e} apart"
 
 
+def test_looking_at_routers_and_scores_changes_no_bit(base: Path, tmp_path: Path) -> None:
+    """However often a run is evaluated and its routing recorded, every step is the same graph."""
+    write_demo_data(tmp_path / "data", train=48, test=4)
+    entry = {"task_name": "arc_easy", "data": "data", "r": 4, "batch_size": 16, "num_epochs": 6, "lr": 5e-3}
+    mixture = {"routing_strategy": "mixlora", "num_experts": 4}
+    root = Path(__file__).resolve().parents[1]
+    for steps in (1, 7):
+        adapters = [{"name": "a"} | entry, {"name": "b"} | entry | mixture]
+        config = {"lora": [adapter | {"evaluate_steps": steps} for adapter in adapters]}
+        (tmp_path / "mlora.json").write_text(json.dumps(config))
+        command = [sys.executable, str(root / "launch.py"), "run", "--base_model", str(base), "--deterministic"]
+        command += ["--dir", f"every-{steps}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        log = (tmp_path / f"every-{steps}" / "log.txt").read_text()
+        assert "steps run as CUDA graphs" in log and "without CUDA graphs" not in log, log
+    for name in "ab":
+        one, other = (tmp_path / f"every-{n}/adapters/{name}/adapter_model.safetensors" for n in (1, 7))
+        assert one.read_bytes() == other.read_bytes(), name
+
+
 def test_running_out_of_memory_on_the_gpu_ends_as_ever(base: Path) -> None:
     """A real shortage: torch may take only so much of the GPU that the whole micro-batch does not fit."""
     ends = []

@@ -71,6 +71,18 @@ class Losses(NamedTuple):
     aux_loss: Tensor
 
 
+class Computed(NamedTuple):
+    """What a forward and backward leaves of an adapter besides gradients.
+
+    Attributes:
+        losses: its part of the objective.
+        router_logits: [n, E] float32 of each router, by site path.
+    """
+
+    losses: Losses
+    router_logits: Mapping[str, Tensor]
+
+
 def size_of(tokens: int) -> int:
     """Return the next size from tokens on: eight steps to each power of two, so at most an eighth is filled up."""
     step = max(8, 1 << max(0, tokens.bit_length() - 4))
@@ -200,8 +212,8 @@ def prepare(
 
 def compute(
     model: MultiAdapterModel, names: Sequence[str], size: Size, inputs: Inputs
-) -> tuple[list[Losses], list[nn.Parameter], list[Tensor]]:
-    """Return every adapter's losses, and all trained parameters with their gradients; nothing waits for the device."""
+) -> tuple[list[Computed], list[nn.Parameter], list[Tensor]]:
+    """Return what is left of every adapter, and all trained parameters with their gradients; nothing waits."""
     segments = [
         Segment(name, i * size.tokens, (i + 1) * size.tokens, inputs.keys[i * size.tokens : (i + 1) * size.tokens],
                 router_logits={})
@@ -233,14 +245,20 @@ def compute(
     objective = torch.stack([part for own in found for part in own]).sum()
     gradients = torch.autograd.grad(objective, parameters, allow_unused=True)
     used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-    detached = [Losses(own.loss.detach(), own.aux_loss.detach()) for own in found]
-    return detached, [p for p, _ in used], [g for _, g in used]
+    left = [
+        Computed(
+            Losses(own.loss.detach(), own.aux_loss.detach()),
+            {path: logits.detach() for path, logits in (segment.router_logits or {}).items()},
+        )
+        for own, segment in zip(found, segments, strict=True)
+    ]
+    return left, [p for p, _ in used], [g for _, g in used]
 
 
 class _Recorded(NamedTuple):
     replay: Callable[[], None]
     inputs: Inputs
-    losses: list[Losses]
+    computed: list[Computed]
     parameters: list[nn.Parameter]
 
 
@@ -296,8 +314,10 @@ class Graphs:
 
     def losses_and_gradients(
         self, rows: Mapping[str, Sequence[Row]], steps: Mapping[str | None, int], weights: Mapping[str, Weights]
-    ) -> dict[str, Losses] | None:
-        """Add the gradients of the weighted losses to the adapters' and return the losses; None where none is recorded.
+    ) -> dict[str, Computed] | None:
+        """Add the gradients of the weighted losses to the adapters' and return the rest; None where none is recorded.
+
+        What is returned is good until the next call. Router logits are of the rows' own tokens, without filling.
 
         Args:
             rows: of each adapter.
@@ -328,7 +348,12 @@ class Graphs:
                 parameter.grad = own  # lent: a further replay adds to it
             elif parameter.grad is not own:
                 parameter.grad.add_(own)
-        return dict(zip(rows, recorded.losses, strict=True))
+        found = {}
+        for name, computed in zip(rows, recorded.computed, strict=True):
+            tokens = sum(len(row.input_ids) for row in rows[name])  # the filling lies behind them
+            logits = {path: logits[:tokens] for path, logits in computed.router_logits.items()}
+            found[name] = computed._replace(router_logits=logits)
+        return found
 
     def forget(self) -> None:
         """Give the memory of all graphs back."""
@@ -341,10 +366,10 @@ class Graphs:
             parameters = self._prepare(names, size, inputs)
             sums = [self._sums[parameter] for parameter in parameters]
 
-            def run() -> list[Losses]:
-                losses, _, gradients = compute(self.model, names, size, inputs)
+            def run() -> list[Computed]:
+                computed, _, gradients = compute(self.model, names, size, inputs)
                 torch._foreach_add_(sums, gradients)
-                return losses
+                return computed
 
             return _Recorded(*self._capture(run, inputs), parameters)
         except torch.OutOfMemoryError:
@@ -357,19 +382,19 @@ class Graphs:
 
     def _prepare(self, names: list[str], size: Size, inputs: Inputs) -> list[nn.Parameter]:
         """Run once, so that kernels are compiled and libraries set up; return the parameters that get gradients."""
-        _, parameters, gradients = compute(self.model, names, size, inputs)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        _, parameters, _ = compute(self.model, names, size, inputs)
+        for parameter in parameters:
             if parameter not in self._sums:  # outside the graphs' memory, which graphs overwrite for each other
-                self._sums[parameter] = torch.empty_like(gradient)
+                self._sums[parameter] = torch.empty_like(parameter)  # a fused optimizer wants one layout of both
         return parameters
 
     def _capture(
-        self, run: Callable[[], list[Losses]], inputs: Inputs
-    ) -> tuple[Callable[[], None], Inputs, list[Losses]]:
+        self, run: Callable[[], list[Computed]], inputs: Inputs
+    ) -> tuple[Callable[[], None], Inputs, list[Computed]]:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            losses = run()
-        return graph.replay, inputs, losses
+            computed = run()
+        return graph.replay, inputs, computed

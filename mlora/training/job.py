@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,9 +138,7 @@ class Job:
         weights = self.weights()
         loss = output.loss * (int(output.num_tokens) * weights.target)
         aux = output.aux_loss * weights.auxiliary
-        if self.routing is not None:
-            self.routing.add(output.router_logits)
-        self.count(Losses(loss.detach(), aux.detach()))
+        self.count(Losses(loss.detach(), aux.detach()), output.router_logits)
         return loss + aux
 
     def weights(self) -> Weights:
@@ -149,9 +147,16 @@ class Job:
         tokens = sum(len(row.input_ids) for row in self.next_rows())
         return Weights(1 / max(step.targets, 1), tokens / step.tokens)
 
-    def count(self, losses: Losses) -> None:
-        """Take in the micro-batch's part of the step's losses, without waiting for the device."""
+    def count(self, losses: Losses, router_logits: Mapping[str, torch.Tensor]) -> None:
+        """Take in the micro-batch's part of the step's losses and what its routers saw, without waiting for the device.
+
+        Args:
+            losses: of the micro-batch, weighted.
+            router_logits: [n, E] of each router, by site path.
+        """
         self._counted = torch.stack(list(losses))
+        if self.routing is not None:
+            self.routing.add(router_logits)
 
     def advance(self) -> bool:
         """Count the micro-batch as done; after the last of a step, update the adapter and return True."""

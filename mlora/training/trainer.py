@@ -70,11 +70,11 @@ def _computed(model: MultiAdapterModel, jobs: Sequence[Job], graphs: Graphs | No
         model.train()
         rows = {job.name: job.next_rows() for job in jobs}
         steps: dict[str | None, int] = {job.name: job.step for job in jobs}
-        if graphs is not None and not any(job.routing for job in jobs) and graphs.suits(rows):
-            losses = graphs.losses_and_gradients(rows, steps, {job.name: job.weights() for job in jobs})
-            if losses is not None:
+        if graphs is not None and graphs.suits(rows):
+            computed = graphs.losses_and_gradients(rows, steps, {job.name: job.weights() for job in jobs})
+            if computed is not None:
                 for job in jobs:
-                    job.count(losses[job.name])
+                    job.count(*computed[job.name])
                 return True
         outputs = model(Batch.pack([row for own in rows.values() for row in own], steps, model.device))
         torch.stack([job.share(outputs[job.name]) for job in jobs]).sum().backward()

@@ -75,12 +75,12 @@ def test_filling_up_changes_nothing(variant: str, monkeypatch) -> None:
     gradients = collect(model, rows)
     size = graphs.size_for(rows)
     inputs = graphs.prepare(model, rows, steps, weights, size)
-    losses, parameters, found = graphs.compute(model, list(rows), size, inputs)
+    computed, parameters, found = graphs.compute(model, list(rows), size, inputs)
     for parameter, gradient in zip(parameters, found, strict=True):
         parameter.grad = gradient
-    for name, own in zip(rows, losses, strict=True):
-        assert own.loss.item() == pytest.approx(expected[name][0], rel=2e-5)
-        assert own.aux_loss.item() == pytest.approx(expected[name][1], rel=2e-5)
+    for name, own in zip(rows, computed, strict=True):
+        assert own.losses.loss.item() == pytest.approx(expected[name][0], rel=2e-5)
+        assert own.losses.aux_loss.item() == pytest.approx(expected[name][1], rel=2e-5)
     assert_close(collect(model, rows), gradients, 2e-5)
 
 
@@ -96,17 +96,22 @@ class Rerun(graphs.Graphs):
     obstacle = None
 
     def _capture(self, run, inputs):
-        kept = [graphs.Losses(torch.zeros(()), torch.zeros(())) for _ in self._names]
+        kept: list[graphs.Computed] = []
 
         def replay() -> None:
-            for others in [other.losses for other in self._recorded.values()]:
-                for losses in others:
-                    losses.loss.fill_(torch.nan)
-            for losses, new in zip(kept, run(), strict=True):
-                losses.loss.copy_(new.loss)
-                losses.aux_loss.copy_(new.aux_loss)
+            for recorded in self._recorded.values():
+                for tensor in left(recorded.computed):
+                    tensor.fill_(torch.nan)
+            computed = run()
+            kept[:] = kept or computed
+            for tensor, new in zip(left(kept), left(computed), strict=True):
+                tensor.copy_(new)
 
         return replay, inputs, kept
+
+
+def left(computed):
+    return [tensor for own in computed for tensor in (*own.losses, *own.router_logits.values())]
 
 
 def test_gradients_of_several_sizes_add_up(monkeypatch) -> None:
@@ -131,30 +136,57 @@ def test_gradients_of_several_sizes_add_up(monkeypatch) -> None:
     assert len(recorded._recorded) >= 2
     assert_close(collect(model, ["x"]), expected, 2e-5)
     alone = recorded.losses_and_gradients(parts[3], {"x": 4}, weights)
-    assert alone is not None and alone["x"].loss.isfinite()
+    assert alone is not None and alone["x"].losses.loss.isfinite()
     recorded.forget()
     assert recorded.losses_and_gradients(parts[2], {"x": 4}, weights) is not None
 
 
-def test_training_by_graphs_ends_where_ordinary_training_ends(monkeypatch) -> None:
+def trained(monkeypatch, made, variant="mixlora", **settings):
+    """Train a mixture and its neighbour; return losses, their tensors and what was seen of the routers, by step."""
     monkeypatch.setattr(attention, "_varlen", by_offsets)
-    ends = []
-    for made in (None, Rerun):
-        model = multi("llama")
-        jobs = []
-        for name, count in (("x", 7), ("y", 12)):
-            samples = [Sample(row.input_ids, row.labels, "t") for row in draw_rows(name, count, count)]
-            model.add_adapter(name, VARIANTS["mixlora" if name == "x" else "lora"])
-            sizes = {"batch_size": 4, "micro_batch_size": 2, "num_epochs": 2, "lr": 1e-2}
-            jobs.append(Job(JobConfig(name=name, method=model.adapters[name], **sizes), samples, model, seed=1))
-        monkeypatch.setattr(trainer, "graphs_for", lambda model, made=made: made and made(model))
-        losses = []
-        trainer.train(
-            model, jobs, None, lambda stepped, losses=losses: losses.extend(j.measured["loss"] for j in stepped)
-        )
-        ends.append((losses, {name: model.adapter_tensors(name) for name in ("x", "y")}))
-    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-4)
-    assert_close(ends[1][1], ends[0][1], 1e-4)
+    monkeypatch.setattr(trainer, "graphs_for", lambda model: made and made(model))
+    model = multi("llama")
+    jobs = []
+    for name, count in (("x", 7), ("y", 12)):
+        samples = [Sample(row.input_ids, row.labels, "t") for row in draw_rows(name, count, count)]
+        model.add_adapter(name, VARIANTS[variant if name == "x" else "lora"])
+        sizes = {"batch_size": 4, "micro_batch_size": 2, "num_epochs": 3, "lr": 1e-2} | settings
+        jobs.append(Job(JobConfig(name=name, method=model.adapters[name], **sizes), samples, model, seed=1))
+    losses, seen = [], {}
+
+    def after(stepped):
+        losses.extend(job.measured["loss"] for job in stepped)
+        seen.update({j.step: (j.routing.tokens, j.routing.layers()) for j in stepped if j.routing is not None})
+        return False
+
+    trainer.train(model, jobs, None, after)
+    return losses, {name: {key: t.clone() for key, t in model.adapter_tensors(name).items()} for name in "xy"}, seen
+
+
+@pytest.mark.parametrize("variant", ["mixlora", "mixdora", "mola-balanced"])
+def test_training_by_graphs_ends_where_ordinary_training_ends(monkeypatch, variant: str) -> None:
+    (losses, ends, _), (replayed, others, _) = (trained(monkeypatch, made, variant) for made in (None, Rerun))
+    assert losses == pytest.approx(replayed, rel=1e-5)
+    assert_close(others, ends, 1e-4)
+
+
+def test_r3_looking_at_routers_changes_no_step(monkeypatch) -> None:
+    """A step whose routing is recorded is computed as any other, so how often it is makes no difference to the bits."""
+    (_, seldom, few), (_, often, all_steps) = (trained(monkeypatch, Rerun, evaluate_steps=n) for n in (5, 1))
+    assert list(few) == [5] and list(all_steps) == [1, 2, 3, 4, 5, 6]
+    assert few[5] == all_steps[5]
+    for name in "xy":
+        assert all(torch.equal(tensor, often[name][key]) for key, tensor in seldom[name].items())
+
+
+def test_graphs_leave_what_routers_saw(monkeypatch) -> None:
+    (*_, expected), (*_, found) = (trained(monkeypatch, made, evaluate_steps=1) for made in (None, Rerun))
+    for step, (tokens, layers) in expected.items():
+        assert found[step][0] == tokens
+        for one, other in zip(layers, found[step][1], strict=True):
+            assert one["path"] == other["path"]
+            for key in ("share", "probability", "entropy"):
+                assert one[key] == pytest.approx(other[key], abs=1e-4), (step, key)
 
 
 def test_what_cannot_be_recorded_is_named() -> None:
