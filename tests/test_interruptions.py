@@ -128,6 +128,30 @@ def test_r10_a_signal_breaks_an_evaluation_off(
     assert not calls
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["SIGHUP", "SIGINT"])
+def test_r10_what_was_turned_off_stops_nothing(here: Path, base: Path, number: int) -> None:  # noqa: F811
+    """A run under nohup outlives its terminal."""
+    write_config(adapter("a", num_epochs=1))
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with signal_at("mlora.training.job.Job.share", 1, number) as sent:
+            assert main(RunOptions(str(base), dir="out")) == 0 and sent
+        assert signal.getsignal(number) is signal.SIG_IGN
+        child = "import signal; print(signal.getsignal({0}).name, flush=True)"
+        program = f"""
+import signal, sys
+from mlora.cli.start import wait
+signal.signal({number}, signal.SIG_IGN)
+sys.exit(wait([sys.executable, "-c", {child.format(int(number))!r}], {{}}))
+"""
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert done.stdout == "SIG_IGN\n"
+    finally:
+        signal.signal(number, before)
+
+
 def test_r10_told_twice_it_ends_at_once(here: Path, base: Path) -> None:  # noqa: F811
     """Even where a checkpoint is being written, on a disk that takes for ever."""
     write_config(adapter("a", num_epochs=50), save_step=1)

@@ -37,7 +37,9 @@ def wait(command: list[str], environment: dict[str, str]) -> int:
         else:
             child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heeded = [number for number in stopping if signal.getsignal(number) is not signal.SIG_IGN]  # nohup turns one off
+    before = {number: signal.signal(number, forward) for number in heeded}
     try:
         child = subprocess.Popen(command, env=environment, start_new_session=True)
         for arrived in early:

@@ -40,11 +40,15 @@ class Deadline:
         return None if self._end == math.inf else max((self._end - time.monotonic()) / 60, 1e-9)
 
 
+def heeded() -> list[signal.Signals]:
+    """Return the signals that stop a run: those that who started it has not turned off, as nohup does."""
+    return [number for number in Stop.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Let SIGTERM and a closed terminal end the block as Ctrl-C does, with KeyboardInterrupt."""
-    others = [number for number in Stop.SIGNALS if number != signal.SIGINT]
-    before = {number: signal.signal(number, signal.default_int_handler) for number in others}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in heeded()}
     try:
         yield
     finally:
@@ -62,7 +66,7 @@ class Stop:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Stop:
-        self._before = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
+        self._before = {number: signal.signal(number, self._on_signal) for number in heeded()}
         return self
 
     def __exit__(
