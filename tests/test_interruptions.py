@@ -20,6 +20,7 @@ import pytest
 
 from mlora.config import RunOptions
 from mlora.runs.program import main
+from mlora.training.checkpoint import damage
 from tests.test_program import MIXTURE, ROOT, adapter, base, here, launch, losses, write_config  # noqa: F401
 
 ADAPTERS = [
@@ -59,7 +60,7 @@ PHASES = {
     "save": ("mlora.training.checkpoint.save_file", 5),
     "held-out loss": ("mlora.training.heldout.HeldOut.loss", 1),
     "evaluation while training": ("mlora.model.multi.MultiAdapterModel.score", 2),
-    "best state": ("mlora.runs.session.Session._save", 1),
+    "best state": ("mlora.training.checkpoint.Checkpoints.save_best", 1),
     "last evaluation": ("mlora.runs.assess.examine", 1),
 }
 
@@ -126,6 +127,23 @@ def test_r10_a_signal_breaks_an_evaluation_off(
     with signal_at("mlora.runs.session.examine", 1):
         assert main(RunOptions(str(base), dir="out")) == 130
     assert not calls
+
+
+def test_r8_a_damaged_best_state_is_said_when_resuming(
+    here: Path,
+    base: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_config(adapter("a", num_epochs=6, evaluate_steps=2, val_set_size=6))
+    with signal_at("mlora.training.job.Job.share", 9):
+        assert main(RunOptions(str(base), dir="out")) == 130
+    file = here / "out/checkpoints/a/best/adapter_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    capsys.readouterr()
+    assert main(RunOptions(str(base), dir="out", resume=True)) == 0
+    assert "best is damaged (adapter_model.safetensors)" in capsys.readouterr().err
+    assert not damage(file.parent), "the best state from there on is kept"
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["SIGHUP", "SIGINT"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from mlora.model import card, files
 from mlora.model.multi import MultiAdapterModel
 from mlora.report.progress import Progress
 from mlora.runs.folder import RunFolder
-from mlora.training.checkpoint import BEST, Checkpoints
+from mlora.training.checkpoint import Checkpoints
 from mlora.training.job import Job
 from mlora.training.stop import Deadline, Paused, Stop, Stopped
 from mlora.training.trainer import train
@@ -122,7 +123,7 @@ class Session:
                 self.folder.log_step(job.name, job.step, {"eval_loss": loss})
                 if loss < job.best_loss:
                     job.best_loss = loss
-                    self._save(job.name, self._best(job))
+                    self.checkpoints.save_best(job)
             for result in results:
                 self.folder.log_evaluation(job.name, job.step, result.as_dict())
             if job.done:
@@ -137,13 +138,9 @@ class Session:
 
     def _finish(self, job: Job) -> None:
         """Save an adapter at its end, in its best state where rows were held out."""
-        if job.held_out is not None and self._best(job).exists():
-            _, tensors, _ = files.read(self._best(job), allow_pickle=False)
-            self.model.restore_adapter(job.name, tensors, str(self._best(job)))
+        if job.best_loss < math.inf:
+            self.checkpoints.restore_best(job)
         self._save(job.name, self.folder.adapter(job.name))
-
-    def _best(self, job: Job) -> Path:
-        return self.folder.checkpoints / job.name / BEST
 
     def _save(self, name: str, place: Path) -> None:
         with files.whole_folder(place) as folder:

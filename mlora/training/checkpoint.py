@@ -4,6 +4,7 @@
         adapter_config.json  adapter_model.safetensors     the adapter, loadable as it is
         optimizer.safetensors  state.json                  what training goes on from
         manifest.json                                      size and SHA-256 of each file, written last
+    checkpoints/<adapter>/best/                            its best state by held-out loss: adapter and manifest
 
 Each is written into a temporary folder, synced, and renamed. Jobs are independent, but which of them share a forward
 decides in what order floats are summed; so a resumed run goes back to one moment of all its jobs, in the middle of
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -120,7 +122,7 @@ class Checkpoints:
             ConfigError: a checkpoint was made with other settings; which, is said.
         """
         for job in self.jobs:
-            files.clear_leftovers(self.root / job.name / BEST)
+            files.clear_leftovers(self._best(job))
             for unfinished in (self.root / job.name).glob(".step-*"):
                 shutil.rmtree(unfinished)
         names = {job.name for job in self.jobs}
@@ -136,15 +138,39 @@ class Checkpoints:
                     saved.require_same()
                 for saved in chosen:
                     saved.apply(self.model)
+                    self._require_best(saved.job)
                 self._passed_over -= {saved.path for saved in good if saved.moment <= moment}
                 return True
         return False
+
+    def save_best(self, job: Job) -> None:
+        """Keep an adapter's state of now as its best by held-out loss."""
+        with files.whole_folder(self._best(job)) as folder:
+            self.model.save_adapter(job.name, folder)
+            _seal(folder)
+
+    def restore_best(self, job: Job) -> None:
+        """Bring an adapter back to its best state by held-out loss; one that is damaged is named and left alone."""
+        if self._is_whole(self._best(job), "the adapter stays as its last step left it"):
+            tensors = load_file(self._best(job) / files.TENSORS)
+            self.model.restore_adapter(job.name, tensors, str(self._best(job)))
+
+    def _require_best(self, job: Job) -> None:
+        """Forget how good a job's best state was where that state is lost, so that the next one is kept."""
+        if job.best_loss < math.inf and not self._is_whole(self._best(job), "it is sought again from here on"):
+            job.best_loss = math.inf
+
+    def _is_whole(self, place: Path, otherwise: str) -> bool:
+        broken = damage(place)
+        if broken:
+            log.warning("%s is damaged (%s); %s", place, ", ".join(broken), otherwise)
+        return not broken
 
     def _write(self, copies: Sequence[tuple[Path, Callable[[Path], None]]]) -> None:
         for place, write in copies:
             with files.whole_folder(place) as temporary:
                 write(temporary)
-                (temporary / MANIFEST).write_text(_manifest(_digests(temporary)))
+                _seal(temporary)
         self._passed_over -= {place for place, _ in copies}
         self._drop_old()
 
@@ -162,12 +188,11 @@ class Checkpoints:
         within = f"-{job.row}" if job.row else ""
         return self.root / job.name / f"step-{job.step:06d}{within}"
 
+    def _best(self, job: Job) -> Path:
+        return self.root / job.name / "best"
+
     def _paths(self, job: Job) -> list[Path]:
         return sorted(path for path in (self.root / job.name).glob("step-*") if path.is_dir())
-
-
-BEST = "best"
-"""Folder beside an adapter's checkpoints, of its best state by held-out loss."""
 
 
 class _Writing(threading.Thread):
@@ -250,8 +275,8 @@ def _state(path: Path) -> dict[str, Any]:
 
 def damage(path: Path) -> list[str]:
     """Return the names of a checkpoint's files that are not as they were written."""
-    found = _digests(path)
     try:
+        found = _digests(path)
         text = (path / MANIFEST).read_text()
         expected = json.loads(text)["files"]
         if _manifest(expected) != text:
@@ -259,6 +284,11 @@ def damage(path: Path) -> list[str]:
     except (OSError, ValueError, TypeError, KeyError):
         return [MANIFEST]
     return [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
+
+
+def _seal(folder: Path) -> None:
+    """Write the manifest of what lies in a folder."""
+    (folder / MANIFEST).write_text(_manifest(_digests(folder)))
 
 
 def _manifest(digests: dict[str, Any]) -> str:

@@ -81,6 +81,39 @@ def test_r8_every_damage_is_named_and_the_checkpoint_before_it_loads(
     assert checkpoints.restore() and where(checkpoints) == [(11, 0), (3, 2)]
 
 
+def test_r8_a_damaged_best_state_is_named_and_sought_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int
+) -> None:
+    model, jobs = begun("b")
+    job, checkpoints = jobs[0], Checkpoints(tmp_path, jobs, model)
+    advance(model, jobs, 3)
+    job.best_loss = 2.5
+    checkpoints.save_best(job)
+    kept = {key: tensor.clone() for key, tensor in model.adapter_tensors("b").items()}
+    advance(model, jobs, 1, checkpoints.save)
+    checkpoints.wait()
+    last = {key: tensor.clone() for key, tensor in model.adapter_tensors("b").items()}
+    draw, files_of_best = random.Random(seed), sorted((tmp_path / "b" / "best").iterdir())
+    assert len(files_of_best) == 4
+    for number in range(200):
+        file = files_of_best[number % 4]
+        content = file.read_bytes()
+        place = draw.randrange(len(content))
+        flipped = bytes([content[place] ^ draw.randrange(1, 256)])
+        file.write_bytes(content[:place] + (b"" if number % 2 else flipped + content[place + 1 :]))
+        caplog.clear()
+        assert checkpoints.restore() and job.best_loss == float("inf")
+        assert f"best is damaged ({file.name})" in caplog.text, f"{file} at {place}"
+        checkpoints.restore_best(job)
+        assert all(torch.equal(tensor, last[key]) for key, tensor in model.adapter_tensors("b").items())
+        file.write_bytes(content)
+    assert checkpoints.restore() and job.best_loss == 2.5
+    checkpoints.restore_best(job)
+    assert all(torch.equal(tensor, kept[key]) for key, tensor in model.adapter_tensors("b").items())
+    shutil.rmtree(tmp_path / "b" / "best")
+    assert checkpoints.restore() and job.best_loss == float("inf")
+
+
 def test_files_that_are_missing_or_foreign_are_named(
     two_moments: tuple[Checkpoints, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
