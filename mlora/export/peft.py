@@ -20,5 +20,5 @@ def write(source: Source, folder: Path, title: str) -> None:
     method = source.shapes().saved_config(NAME)
     place = source.origin
     base = load.published(place.given)
-    task = files.head_task(source.folder)
-    files.write(folder, method, source.tensors, base, place.revision, title, source.making(), task)
+    about = files.head_task(source.folder), files.architecture(source.folder)
+    files.write(folder, method, source.tensors, base, place.revision, title, source.making(), *about)

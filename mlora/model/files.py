@@ -34,7 +34,7 @@ CLASSIFICATION = "SEQ_CLS"
 _HEADS = ["classifier", HEAD]
 """What PEFT lists in modules_to_save for them: names of heads in transformers, of which a model has one."""
 _PREDECESSORS_HEAD = "classifier"
-_HEAD_TASK = "head_task"
+_HEAD_TASK, _ARCHITECTURE = "head_task", "base_model_type"
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ def write(
     name: str | None = None,
     making: card.Making | None = None,
     head_task: str | None = None,
+    architecture: str | None = None,
 ) -> None:
     """Write an adapter folder and its model card.
 
@@ -101,12 +102,14 @@ def write(
         name: of the adapter, for the card; None for the folder's.
         making: how it was trained, for the card.
         head_task: what its classification head was trained for.
+        architecture: of the base model, as its config's `model_type` says.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = _to_file(method, tensors) | {"base_model_name_or_path": base_model, "revision": revision}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     # beside the tensors, because PEFT warns of keys in the config that it does not know
-    about = {"format": "pt"} | ({} if head_task is None else {_HEAD_TASK: head_task})
+    said = {"format": "pt", _HEAD_TASK: head_task, _ARCHITECTURE: architecture}
+    about = {key: value for key, value in said.items() if value is not None}
     save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS, about)
     shutil.copymode(folder / CONFIG, folder / TENSORS)  # safetensors closes its files to everyone but their owner
     card.write_for_adapter(folder, name, method, base_model, making, head_name(method) in tensors)
@@ -136,11 +139,19 @@ def num_labels(method: Method, tensors: dict[str, Tensor]) -> int | None:
 
 def head_task(folder: Path) -> str | None:
     """Return what an adapter folder's classification head was trained for; None where it does not say."""
+    return _about(folder).get(_HEAD_TASK)
+
+
+def architecture(folder: Path) -> str | None:
+    """Return the `model_type` of the base model that an adapter folder was trained on; None where it does not say."""
+    return _about(folder).get(_ARCHITECTURE)
+
+
+def _about(folder: Path) -> dict[str, str]:
     if not (folder / TENSORS).exists():
-        return None
+        return {}
     with safe_open(folder / TENSORS, "pt") as file:
-        task: str | None = (file.metadata() or {}).get(_HEAD_TASK)
-    return task
+        return file.metadata() or {}
 
 
 def base_model(folder: Path) -> tuple[str | None, str | None]:

@@ -222,14 +222,18 @@ class MultiAdapterModel(nn.Module):
         if name in self._adapters:
             raise ModelError(f"adapter {name!r} exists already; remove it or choose another name")
         method, tensors, base = files.read(folder, allow_pickle)
+        trained, own = files.architecture(folder), self.architecture
+        if trained not in (None, own):
+            raise ModelError(f"{folder} was trained on {base}, a {trained} model; {self.origin.given} is a {own} model")
         if base is not None and base != self.origin.given:
             log.warning("%s was trained on %s and is loaded on %s", folder, base, self.origin.given)
-        adapter = self._add(name, method, None, files.num_labels(method, tensors))
         try:
+            adapter = self._add(name, method, None, files.num_labels(method, tensors))
             adapter.load_file_tensors(tensors, str(folder))
-        except ModelError:
-            self.remove_adapter(name)
-            raise
+        except ModelError as error:
+            if name in self._adapters:
+                self.remove_adapter(name)
+            raise ModelError(f"{error} (trained on {base}, loaded on {self.origin.given})") from error
         adapter.head_task = None if adapter.head is None else files.head_task(folder)
         if adapter.head is not None and adapter.head_task is None:
             log.warning("%s does not say what its classification head was trained for: any task may be scored", folder)
@@ -275,7 +279,7 @@ class MultiAdapterModel(nn.Module):
         """
         method, tensors, base = self.saved_config(name), self.adapter_tensors(name), self.origin
         task = self.adapter_module(name).head_task
-        files.write(Path(path), method, tensors, base.given, base.revision, name, making, task)
+        files.write(Path(path), method, tensors, base.given, base.revision, name, making, task, self.architecture)
 
     def saved_config(self, name: str) -> Method:
         """Return an adapter's config as its file says it: target modules by name, rather than by group."""
@@ -345,6 +349,11 @@ class MultiAdapterModel(nn.Module):
         """Turn the adapters' dropout on or off; the base stays in evaluation mode."""
         self.training = mode
         return self
+
+    @property
+    def architecture(self) -> str:
+        """The base model's architecture, as its config's `model_type` says: "llama", say."""
+        return str(self.hf_model.config.get_text_config().model_type)
 
     @property
     def device(self) -> torch.device:

@@ -216,10 +216,10 @@ def _copy(job: Job, model: MultiAdapterModel, shared: dict[str, Any]) -> Callabl
     own = {name: tensor.to("cpu", copy=True) for name, tensor in adapter.file_tensors().items()}
     tensors, state = _flatten(job.state())
     text = json.dumps(state | shared | {"done": job.done, "identity": job.identity})
-    method, origin, task = adapter.method.as_saved(), model.origin, adapter.head_task
+    method, origin, about = adapter.method.as_saved(), model.origin, (adapter.head_task, model.architecture)
 
     def write(folder: Path) -> None:
-        files.write(folder, method, own, origin.given, origin.revision, job.name, head_task=task)
+        files.write(folder, method, own, origin.given, origin.revision, job.name, None, *about)
         save_file(tensors, folder / "optimizer.safetensors")
         (folder / "state.json").write_text(text)
 

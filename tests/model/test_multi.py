@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -312,7 +313,24 @@ class TestFiles:
         self.refused(
             saved, r"does not fit this base model: .*is \[4, 32\], the base model needs \[4, 48\]", hidden_size=48
         )
-        self.refused(saved, "missing base_model.model.model.layers.2", layers=3)
+        self.refused(saved, "missing base_model.model.model.layers.2.*trained on tiny-llama, loaded on", layers=3)
+
+    @pytest.mark.parametrize("method", ["lora", "mixlora"])
+    @pytest.mark.parametrize("family", ["mistral", "gpt_neox"])
+    def test_r16_a_base_of_another_architecture_is_refused(self, tmp_path: Path, family: str, method: str) -> None:
+        """A mistral of the same shape takes the very same tensors, and would compute something else."""
+        model = multi("llama")
+        model.add_adapter("a", METHODS[method](r=4))
+        model.save_adapter("a", tmp_path / "a")
+        self.refused(tmp_path / "a", "on tiny-llama, a llama model; tiny-.* is a", family=family)
+
+    def test_r16_another_name_alone_is_a_warning(self, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+        model = multi()
+        model.load_adapter(saved, "a")
+        assert not caplog.text
+        model.origin = replace(model.origin, given="elsewhere/llama")
+        model.load_adapter(saved, "b")
+        assert "was trained on tiny-llama and is loaded on elsewhere/llama" in caplog.text
 
     def test_what_we_cannot_compute_is_refused(self, saved: Path) -> None:
         config = json.loads((saved / "adapter_config.json").read_text())
