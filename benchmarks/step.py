@@ -1,6 +1,6 @@
 """One training step of ours on random weights and synthetic tokens: forward, backward and optimizer.
 
-    python -m benchmarks.step 7b lora mixlora mixlora+mixlora [--device cuda] [--recompute] [--compile] [--graphs]
+    python -m benchmarks.step 7b lora mixlora mixlora+mixlora [--device cuda] [--recompute all] [--compile] [--graphs]
 
 Prints a line of JSON for each: median seconds of a step, microseconds per token, peak memory. Dropout 0.05, adapters on
 all linear layers, AdamW included, the norm of all gradients beside it, which must not be 0. Rows have one length, so
@@ -24,6 +24,7 @@ from mlora.model.attention import PACKED
 from mlora.model.batch import Row
 from mlora.model.graphs import Graphs, Weights
 from mlora.model.load import Origin
+from mlora.model.recompute import WHATS, Recompute
 from mlora.training.job import build_optimizer
 
 
@@ -126,7 +127,7 @@ def measure(
         "step_s": round(median, 4),
         "us_per_token": round(median / len(tokens) / length * 1e6, 2),
     }
-    row |= {"parameters": parameters, "gradient_norms": round(norm, 3), "recompute": model.recompute}
+    row |= {"parameters": parameters, "gradient_norms": round(norm, 3), "recompute": model.recompute.what}
     row |= {"compiled": model.compiled, "graphs": graphs is not None}
     if cuda:
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -142,14 +143,14 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("kinds", nargs="*", default=list(METHODS), help="methods, several joined by + for one batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--recompute", choices=WHATS, default="none")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--graphs", action="store_true", help="record the step as a CUDA graph")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", type=int, default=0, help="kernels to list")
     options = parser.parse_args()
     model = build(options.shape, options.device)
-    model.recompute = options.recompute
+    model.recompute = Recompute(options.recompute)
     if options.compile:
         model.compile()
     for spec in options.kinds:

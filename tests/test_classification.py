@@ -24,6 +24,7 @@ from mlora.export import export
 from mlora.model import card, files
 from mlora.model.batch import Row
 from mlora.model.errors import AdapterFileError, ModelError
+from mlora.model.recompute import Recompute
 from mlora.runs.program import main
 from mlora.training.job import Job
 from mlora.training.trainer import train
@@ -84,9 +85,9 @@ def test_laws(variant: str, family: str, tmp_path: Path) -> None:
     model.train()
     mixed = losses_and_gradients(model, packed(owners))
     assert mixed["x"][1] == 3, "labels are counted by rows"
-    model.recompute = True
+    model.recompute = Recompute("all")
     recomputed = losses_and_gradients(model, packed(owners))
-    model.recompute = False
+    model.recompute = Recompute()
     for name in ("x", "words"):
         alone = losses_and_gradients(model, packed(owners, [i for i, owner in enumerate(owners) if owner == name]))
         assert_same(alone[name], mixed[name])

@@ -18,6 +18,7 @@ from mlora import Batch, MultiAdapterModel
 from mlora.config import JobConfig, RunOptions
 from mlora.data import Sample
 from mlora.data.demo import write_demo_data
+from mlora.model.recompute import WHATS, Recompute, What
 from mlora.runs.program import main
 from mlora.training.job import Job
 from mlora.training.trainer import train
@@ -44,10 +45,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tinybase.save(tmp_path_factory.mktemp("base") / "tiny", hidden_size=64, intermediate_size=128)
 
 
-def outcome(base: Path, device: str, dtype: str, recompute: bool = False) -> dict:
+def outcome(base: Path, device: str, dtype: str, recompute: What = "none") -> dict:
     """Return losses and gradients of all methods in one batch, dropout on."""
     model = MultiAdapterModel.from_pretrained(str(base), dtype=dtype, device=device)
-    model.recompute = recompute
+    model.recompute = Recompute(recompute)
     for name, settings in METHODS.items():
         model.add_adapter(name, settings | {"lora_dropout": 0.1, "lora_alpha": 8})
     awaken(model)
@@ -65,8 +66,8 @@ def outcome(base: Path, device: str, dtype: str, recompute: bool = False) -> dic
     }
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_gpu_equals_cpu(base: Path, recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", WHATS)
+def test_gpu_equals_cpu(base: Path, recompute: What) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     expected, found = outcome(base, "cpu", "float32"), outcome(base, "cuda", "float32", recompute)
     for name, (loss, aux, gradients) in expected.items():

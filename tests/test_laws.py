@@ -13,8 +13,10 @@ from mlora.adapters import METHODS, Init, LinearSite, Method, Segment, register
 from mlora.adapters.base import Tensors
 from mlora.adapters.lora import LoraConfig
 from mlora.model.batch import Batch
+from mlora.model.recompute import Recompute
 from tests.families import FAMILIES, PADDED, awaken, multi, rows
 
+POLICIES = (Recompute("all"), Recompute("middle"), Recompute("middle", layers=1))
 SMALL = {"r": 4, "lora_dropout": 0.1}
 VARIANTS = {
     "lora": METHODS["lora"](**SMALL),
@@ -94,14 +96,17 @@ def obeys(method: Method, family: str, tmp_path: Path, changes_nothing_yet: bool
 
     model.train()
     together = losses_and_gradients(model, Batch.from_rows(ids, mask, None, owners), ["x", "plain"])
-    model.recompute = True
-    again = losses_and_gradients(model, Batch.from_rows(ids, mask, None, owners), ["x", "plain"])
-    model.recompute = False
+    again = []
+    for recompute in POLICIES if model.sites.blocks else POLICIES[:1]:
+        model.recompute = recompute
+        again.append(losses_and_gradients(model, Batch.from_rows(ids, mask, None, owners), ["x", "plain"]))
+    model.recompute = Recompute()
     for name in ("x", "plain"):
         own = [i for i, owner in enumerate(owners) if owner == name]
         batch = Batch.from_rows(ids[own], mask[own], None, [name] * len(own))
         assert_same(losses_and_gradients(model, batch, [name])[name], together[name])
-        assert_same(again[name], together[name])
+        for recomputed in again:
+            assert_same(recomputed[name], together[name])
     model.eval()
     without = losses_and_gradients(model, Batch.from_rows(ids, mask, None, owners), ["x"])
     random = any(value for key, value in method.model_dump().items() if key.endswith(("dropout", "jitter_noise")))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -237,11 +238,19 @@ def test_an_adapter_that_diverges_is_stopped_and_its_neighbour_is_not_touched(
     assert all(t.isfinite().all() for t in kept.values())
 
 
-def test_gradient_checkpointing_changes_no_loss(here: Path, base: Path) -> None:
+def test_recomputing_changes_no_loss(here: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_config(adapter("a"), adapter("b", **MIXTURE))
-    for folder, recompute in (("kept", False), ("recomputed", True)):
-        assert main(RunOptions(str(base), dir=folder, gradient_checkpointing=recompute)) == 0
-    assert losses(here / "kept") == losses(here / "recomputed")
+    given: dict[str, dict[str, Any]] = {
+        "kept": {"recompute": "none"},
+        "middle": {"recompute": "middle"},
+        "all": {"recompute": "all"},
+        "checkpointed": {"gradient_checkpointing": True},
+    }
+    for folder, options in given.items():
+        assert main(RunOptions(str(base), dir=folder, **options)) == 0
+        assert losses(here / folder) == losses(here / "kept")
+    assert main(RunOptions(str(base), dir="x", gradient_checkpointing=True, recompute="middle")) == 2
+    assert "--gradient_checkpointing: cannot be combined with --recompute middle" in capsys.readouterr().err
 
 
 def test_files_can_be_read_by_others(here: Path, base: Path) -> None:

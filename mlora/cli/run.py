@@ -15,6 +15,7 @@ from mlora.cli.start import start
 from mlora.config import RunOptions, load_config
 from mlora.config.templates import ROOT
 
+RECOMPUTE = click.Choice(["none", "middle", "all"])
 run_options = all_of(
     [
         base_model,
@@ -37,7 +38,8 @@ run_options = all_of(
         option("attn_impl", "Attention implementation, by transformers' name."),
         option("sliding_window", "Turn on a window that the model has switched off.", bool, default=False),
         option("use_cache", "Cache keys and values in generation. [default: True]", bool, default=True),
-        option("gradient_checkpointing", "Recompute layers in backward: less memory, slower.", bool, default=False),
+        option("recompute", "Of layers in backward: less memory, slower. [default: none]", RECOMPUTE, default="none"),
+        option("gradient_checkpointing", "The same as --recompute all.", bool, default=False),
         option("compile", "Compile norms and sums. [default: on CUDA, bases from 1B parameters]", bool),
         option("tf32", "Allow TensorFloat-32 on CUDA.", bool, default=False),
         base_source,

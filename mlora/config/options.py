@@ -31,7 +31,9 @@ class RunOptions:
         attn_impl: transformers' name of an attention implementation; None for packed sequences' own.
         sliding_window: turn on the window of families that have one switched off (qwen2).
         use_cache: keep keys and values in generation.
-        gradient_checkpointing: keep each decoder layer's input alone for backward and compute the layer again there.
+        recompute: what of decoder layers is not kept for backward but computed again there, "none", "middle" (their
+            feed-forward blocks) or "all".
+        gradient_checkpointing: the same as recompute "all".
         compile: compile norms, rotary embeddings and residual sums, tens of seconds at the first step; None for on a
             GPU with a base of a billion parameters or more.
         tf32: allow TensorFloat-32 in float32 products.
@@ -64,6 +66,7 @@ class RunOptions:
     sliding_window: bool = False
     use_cache: bool = True
     tf32: bool = False
+    recompute: str = "none"
     gradient_checkpointing: bool = False
     compile: bool | None = None
     revision: str | None = None

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,11 +25,12 @@ from mlora.model.adapter import Adapter
 from mlora.model.attention import PACKED, exclude_attention_from_compilation
 from mlora.model.batch import Batch, Row
 from mlora.model.card import Making
+from mlora.model.compiled import compile_forward
 from mlora.model.errors import ModelError
 from mlora.model.inject import AdaptedLinear, Sites
 from mlora.model.padded import PaddedRows
 from mlora.model.profile import RouterProfile
-from mlora.model.recompute import recompute_in_backward
+from mlora.model.recompute import Recompute, What, recompute_in_backward
 from mlora.model.scope import Flight, Scope
 
 if TYPE_CHECKING:
@@ -75,7 +77,6 @@ class MultiAdapterModel(nn.Module):
         seed: of initial adapter values and of dropout, where an adapter has none of its own.
 
     Attributes:
-        recompute: keep only the input of each decoder layer for backward, and run the layer again there.
         padded: compute batches as padded rows; for families that let packed sequences see each other.
     """
 
@@ -83,7 +84,7 @@ class MultiAdapterModel(nn.Module):
         super().__init__()
         self.origin, self.seed = origin, seed
         self.hf_model: Any = model
-        self.recompute = False
+        self._recompute = Recompute()
         self.padded = False
         self.compiled = False
         self.outputs_plainly = False
@@ -92,8 +93,12 @@ class MultiAdapterModel(nn.Module):
         self.adapter_modules = nn.ModuleDict()
         self.sites = Sites(model)
         self.sites.wrap(self.scope, self._adapters)
-        for layer in self.sites.layers:
-            recompute_in_backward(layer, self.scope, lambda: self.recompute, lambda: self.compiled)
+        for number, layer in enumerate(self.sites.layers):
+            compile_forward(layer, lambda: self.compiled)
+            recompute_in_backward(layer, self.scope, partial(self._recomputes, "all", number))
+        for path, block in self.sites.blocks.items():
+            middle = partial(self._recomputes, "middle", block.layer)
+            recompute_in_backward(self.hf_model.get_submodule(path), self.scope, middle)
         self._tokenizer: Any = None
         self.train(False)
 
@@ -138,9 +143,28 @@ class MultiAdapterModel(nn.Module):
         return multi
 
     @property
-    def modes(self) -> tuple[bool, bool]:
-        """Whether layers are recomputed in backward, and whether they are compiled."""
-        return self.recompute, self.compiled
+    def recompute(self) -> Recompute:
+        """What backward computes again rather than finds kept.
+
+        Raises:
+            ModelError: set to the middle, where no layer has a feed-forward block that is understood.
+        """
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, recompute: Recompute) -> None:
+        if recompute.what == "middle" and not self.sites.blocks:
+            family = type(self.hf_model).__name__
+            raise ModelError(f"recompute: {family} has no feed-forward block that is understood; allowed: none, all")
+        self._recompute = recompute
+
+    def _recomputes(self, what: What, layer: int) -> bool:
+        return self._recompute.of(layer) == what
+
+    @property
+    def modes(self) -> tuple[Recompute, bool]:
+        """What is computed again in backward, and whether layers are compiled."""
+        return self._recompute, self.compiled
 
     def compile(self) -> None:
         """Compile what decoder layers do around the adapted modules: norms, rotary embeddings, residual sums.

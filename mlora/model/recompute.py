@@ -1,15 +1,19 @@
-"""Activation checkpointing of decoder layers: keep a layer's input, run the layer again in backward.
+"""Activation checkpointing: keep what goes into a module, run it again in backward.
 
-transformers' own switch needs `train()`, which would wake the frozen base's dropout, and a recomputed layer must see
-the segments of its own forward; so each layer's forward is wrapped here. Never the reentrant kind: it drops the
-gradient of whatever leaves a layer by the side, the router logits.
+What of a decoder layer is run again is a policy of the whole model: nothing, the middle (the feed-forward block, whose
+wide hidden units are about half of what a layer keeps), or all of it. It may hold for the first layers only. These are
+the ones to choose: backward comes to them last, when what the others kept is gone.
+
+transformers' own switch needs `train()`, which would wake the frozen base's dropout, and what is run again must see
+the segments of its own forward; so forwards are wrapped here. Never the reentrant kind: it drops the gradient of
+whatever leaves a layer by the side, the router logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial, wraps
-from typing import Any
+from functools import partial, wraps
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -17,34 +21,45 @@ from torch.utils.checkpoint import checkpoint
 
 from mlora.model.scope import Flight, Scope
 
+What = Literal["none", "middle", "all"]
+WHATS: tuple[What, ...] = get_args(What)
 
-def recompute_in_backward(
-    layer: nn.Module, scope: Scope, enabled: Callable[[], bool], compiled: Callable[[], bool]
-) -> None:
-    """Let a decoder layer keep only its input for backward, while `enabled()` and gradients are on.
 
-    While `compiled()`, the layer's own operations around the adapted modules are compiled by torch.
+class Recompute(NamedTuple):
+    """What backward computes again rather than finds kept.
+
+    Attributes:
+        what: of a decoder layer.
+        layers: how many of the first ones; None for all.
     """
-    eager = layer.forward
 
-    @cache
-    def fast() -> Callable[..., Any]:
-        return torch.compile(eager)
+    what: What = "none"
+    layers: int | None = None
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (fast() if compiled() else eager)(*args, **kwargs)
+    def of(self, layer: int) -> What:
+        """Return what is computed again of a decoder layer, by its number."""
+        return self.what if self.layers is None or layer < self.layers else "none"
 
-    @wraps(eager)
+    def __str__(self) -> str:
+        part = {"none": "nothing", "middle": "the feed-forward block", "all": "everything"}[self.what]
+        return part if self.layers is None or self.what == "none" else f"{part} of the first {self.layers} layers"
+
+
+def recompute_in_backward(module: nn.Module, scope: Scope, enabled: Callable[[], bool]) -> None:
+    """Let a module keep only its input for backward, while `enabled()` and gradients are on."""
+    forward = module.forward
+
+    @wraps(forward)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         flight = scope.flight
-        if not enabled() or flight is None or not torch.is_grad_enabled():
+        if flight is None or not torch.is_grad_enabled() or not enabled():
             return forward(*args, **kwargs)
         runs: list[None] = []
         return checkpoint(
             partial(_run, forward, scope, flight, runs), *args, use_reentrant=False, preserve_rng_state=False, **kwargs
         )
 
-    layer.forward = checkpointed
+    module.forward = checkpointed
 
 
 def _run(forward: Callable[..., Any], scope: Scope, flight: Flight, runs: list[None], *args: Any, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from mlora.data import task_names
 from mlora.evaluation import Examination, Library, check_heads
 from mlora.model import card, files, load
 from mlora.model.multi import MultiAdapterModel
+from mlora.model.recompute import WHATS, Recompute
 from mlora.report.grid import ranking, ranking_table
 from mlora.report.table import results_table
 from mlora.runs.answer import answer_lines
@@ -140,6 +141,8 @@ class Run:
         for one, other in (("resume", "overwrite"), ("evaluate", "inference"), ("resume", "evaluate")):
             if getattr(options, one) and getattr(options, other):
                 raise _bad(f"--{one}", f"cannot be combined with --{other}")
+        if options.gradient_checkpointing and options.recompute == "middle":
+            raise _bad("--gradient_checkpointing", "cannot be combined with --recompute middle")
         silent = [job for job in self.config.lora if options.inference and job.num_labels is not None]
         if silent:
             raise _bad("--inference", f"{silent[0].name} has a classification head ({silent[0].task_name}): no answers")
@@ -165,6 +168,12 @@ class Run:
             return self.config.cutoff_len
         return int(load.load_config(self.origin).get_text_config().max_position_embeddings)
 
+    @property
+    def _recompute(self) -> Recompute:
+        options = self.options
+        what = "all" if options.gradient_checkpointing else options.recompute
+        return Recompute(next(known for known in WHATS if known == what))
+
     def _load_model(self) -> MultiAdapterModel:
         options = self.options
         return MultiAdapterModel.from_pretrained(
@@ -181,7 +190,7 @@ class Run:
 
     def _add_adapters(self, model: MultiAdapterModel) -> None:
         options = self.options
-        model.recompute = options.gradient_checkpointing
+        model.recompute = self._recompute
         large = self.device == "cuda" and model.num_parameters(None) >= COMPILED_FROM
         if large if options.compile is None else options.compile:
             model.compile()

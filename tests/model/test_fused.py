@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from mlora import ops  # noqa: E402
 from mlora.adapters import METHODS  # noqa: E402
 from mlora.model.batch import Batch  # noqa: E402
+from mlora.model.recompute import WHATS, Recompute, What  # noqa: E402
 from tests.families import awaken, multi, rows  # noqa: E402
 from tests.test_laws import VARIANTS, assert_same, losses_and_gradients  # noqa: E402
 
@@ -24,9 +25,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("variant", "family"), CASES)
-@pytest.mark.parametrize("recompute", [False, True])
-def test_kernels_change_nothing(variant: str, family: str, recompute: bool, monkeypatch) -> None:
-    if recompute and variant not in ("lora", "mixlora"):
+@pytest.mark.parametrize("recompute", WHATS)
+def test_kernels_change_nothing(variant: str, family: str, recompute: What, monkeypatch) -> None:
+    if recompute != "none" and variant not in ("lora", "mixlora"):
         pytest.skip("recomputing is the same for every method")
     model = multi(family).to(DEVICE)
     ids, mask = rows(6)
@@ -34,7 +35,7 @@ def test_kernels_change_nothing(variant: str, family: str, recompute: bool, monk
     model.add_adapter("plain", METHODS["lora"](r=2, lora_dropout=0.2))
     awaken(model)
     model.train()
-    model.recompute = recompute
+    model.recompute = Recompute(recompute)
     batch = Batch.from_rows(ids, mask, None, ["plain", "x", None, "x", "plain", None], step=3).to(DEVICE)
     monkeypatch.setattr(ops, "fused_available", lambda x: False)
     expected = losses_and_gradients(model, batch, ["x", "plain"])

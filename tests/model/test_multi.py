@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import weakref
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mlora.config import ConfigError
 from mlora.model import attention, files, load
 from mlora.model.errors import AdapterFileError, ModelError, UnreachableModelError
 from mlora.model.inject import Sites
+from mlora.model.recompute import Recompute
 from tests import tinybase
 from tests.families import FAMILIES, awaken, multi, rows, tiny
 
@@ -398,21 +400,38 @@ class TestWholeFolders:
         assert [p.name for p in tmp_path.iterdir()] == ["a"] and (place / "file").read_text() == "two"
 
 
-def test_recomputed_layers_run_again_in_backward() -> None:
+@pytest.mark.parametrize(
+    ("recompute", "attention", "block"),
+    [
+        (Recompute(), (1, 1), (1, 1)),
+        (Recompute("middle"), (1, 1), (2, 2)),
+        (Recompute("all"), (2, 2), (2, 2)),
+        (Recompute("middle", 1), (1, 1), (2, 1)),
+        (Recompute("all", 1), (2, 1), (2, 1)),
+        (Recompute("all", 0), (1, 1), (1, 1)),
+    ],
+    ids=str,
+)
+def test_what_is_recomputed_runs_again_in_backward(
+    recompute: Recompute, attention: tuple[int, int], block: tuple[int, int]
+) -> None:
     ids, mask = rows(3)
-    for recompute, expected in ((False, 1), (True, 2)):
-        model = multi()
-        model.add_adapter("a", {"r": 4})
-        model.recompute = recompute
-        runs = 0
+    model = multi()
+    model.add_adapter("a", {"r": 4, "routing_strategy": "mixlora", "num_experts": 3})
+    model.recompute = recompute
+    runs: Counter[str] = Counter()
+    for number, layer in enumerate(model.hf_model.model.layers):
+        layer.self_attn.register_forward_hook(lambda *_, n=number: runs.update([f"attention {n}"]))
+        layer.mlp.frozen.down_proj.frozen.register_forward_hook(lambda *_, n=number: runs.update([f"block {n}"]))
+    model(Batch.from_rows(ids, mask, None, ["a"] * 3))["a"].loss.backward()
+    assert tuple(runs[f"attention {n}"] for n in range(2)) == attention
+    assert tuple(runs[f"block {n}"] for n in range(2)) == block
 
-        def count(module: object, arguments: object, output: object) -> None:
-            nonlocal runs
-            runs += 1
 
-        model.hf_model.model.layers[0].self_attn.register_forward_hook(count)
-        model(Batch.from_rows(ids, mask, None, ["a"] * 3))["a"].loss.backward()
-        assert runs == expected
+def test_the_middle_of_a_family_without_it_is_refused() -> None:
+    model = multi("mamba")
+    with pytest.raises(ModelError, match="MambaForCausalLM has no feed-forward block.*allowed: none, all"):
+        model.recompute = Recompute("middle")
 
 
 @pytest.mark.parametrize("method", [{}, {"routing_strategy": "mixlora", "num_experts": 3, "top_k": 3}])

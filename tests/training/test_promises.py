@@ -12,6 +12,7 @@ from mlora.adapters import METHODS
 from mlora.config import JobConfig
 from mlora.data import Sample
 from mlora.model.batch import Batch, Row
+from mlora.model.recompute import WHATS, Recompute, What
 from mlora.training.checkpoint import Checkpoints
 from mlora.training.job import Job
 from mlora.training.trainer import train
@@ -44,10 +45,10 @@ CONFIGS = {
 ROWS = {"a": samples(41, 1), "b": samples(34, 2), "c": samples(22, 3)}  # 44, 42 and 24 steps
 
 
-def run(names: str, together: int | None = None, recompute: bool = False) -> tuple[dict, dict]:
+def run(names: str, together: int | None = None, recompute: What = "none") -> tuple[dict, dict]:
     """Train jobs together; return each one's losses by step and its final tensors."""
     model = multi()
-    model.recompute = recompute
+    model.recompute = Recompute(recompute)
     for name in names:
         model.add_adapter(name, CONFIGS[name].method)
     jobs = [Job(CONFIGS[name], ROWS[name], model, seed=5) for name in names]
@@ -86,8 +87,9 @@ def test_jobs_wait_for_a_place_and_end_as_ever() -> None:
         assert_equal_runs(one_by_one, two_at_once, name)
 
 
-def test_recomputed_training_is_the_same() -> None:
-    plain, recomputed = run("ab"), run("ab", recompute=True)
+@pytest.mark.parametrize("recompute", WHATS[1:])
+def test_recomputed_training_is_the_same(recompute: What) -> None:
+    plain, recomputed = run("ab"), run("ab", recompute=recompute)
     for name in "ab":
         assert_equal_runs(plain, recomputed, name)
 
