@@ -248,7 +248,7 @@ class Method(BaseModel):
         update = self.update(p, x, site, segment)
         if update is None:
             raise NotImplementedError(f"{type(self).__name__} needs update() or linear()")
-        return ops.apply_update(update, segment.dropout(x, update.dropout, site.path), out)
+        return ops.apply_update(update, segment.dropout(x, update.dropout, site.path), out, site.bias)
 
     def block_parameters(self, site: BlockSite) -> dict[str, Init]:
         """Declare the tensors that a feed-forward block gets; {} where the method adapts single linears only."""

@@ -107,7 +107,11 @@ class LoraConfig(LowRank):
         return declared
 
     def update(self, p: Tensors, x: Tensor, site: LinearSite, segment: Segment) -> LowRankUpdate | None:
-        return None if self.use_dora else super().update(self.to_file(p), x, site, segment)
+        plain = super().update(self.to_file(p), x, site, segment)
+        if plain is None or not self.use_dora:
+            return plain
+        norm = ops.dora_norm(site.module, plain.a, plain.b, self.scaling)
+        return plain._replace(factor=p["lora_magnitude_vector"] / norm)
 
     def block_update(
         self, p: Tensors, experts: Mapping[str, Tensors], x: Tensor, site: BlockSite, segment: Segment
@@ -120,13 +124,6 @@ class LoraConfig(LowRank):
         files = [None if own is None else self.to_file(own) for own in found]
         pairs = (None if own is None else (own["lora_A"], own["lora_B"]) for own in files)
         return ops.BlockUpdate(*pairs, num_experts, self.scaling, self.lora_dropout)
-
-    def linear(self, p: Tensors, x: Tensor, out: Tensor, site: LinearSite, segment: Segment) -> Tensor:
-        if not self.use_dora:
-            return super().linear(p, x, out, site, segment)
-        update = ops.low_rank(segment.dropout(x, self.lora_dropout, site.path), p["lora_A"], p["lora_B"], self.scaling)
-        norm = ops.dora_norm(site.module, p["lora_A"], p["lora_B"], self.scaling)
-        return ops.rescale(out, update, p["lora_magnitude_vector"] / norm, site.bias)
 
     def as_saved(self) -> LoraConfig:
         if self.lora_init != "pissa":

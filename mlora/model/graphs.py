@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlora import ops
-from mlora.adapters import Segment
+from mlora.adapters import Method, Segment
 from mlora.model.attention import PACKED, fits_varlen
 from mlora.model.batch import IGNORED, Row, Span
 from mlora.model.head import check_classes
@@ -324,6 +324,9 @@ class Graphs:
             steps: optimizer step of each, a part of its random stream.
             weights: of its losses.
         """
+        forms: dict[Method, int] = {}  # adapters of one form side by side: one launch then serves all of them
+        order = sorted(rows, key=lambda name: forms.setdefault(self.model.adapters[name], len(forms)))
+        rows = {name: rows[name] for name in order}
         if tuple(rows) != self._names:  # jobs end: what was recorded with them will not come again
             self.forget()
             self._names = tuple(rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class AdaptedLinear(nn.Module):
             s = segments[i]
             dropout = fused.dropout_of(s.keys, update.dropout, self.site.path)
             parts.append(fused.Part(s.start, s.stop, update.scaling, dropout))
-            tensors += [update.a, update.b, update.weights]
+            tensors.append(fused.Tensors(update.a, update.b, update.weights, update.factor))
         return fused.adapted_linear(x, self.frozen, parts, tensors)
 
     def adapt(self, x: Tensor, out: Tensor, segment: Segment) -> Tensor:
@@ -122,39 +123,56 @@ class AdaptedLinear(nn.Module):
 class AdaptedBlock(nn.Module):
     """A frozen feed-forward block and the adapters whose experts or routers span it.
 
-    Where no segment needs the block as a whole, the base's own forward runs over its adapted linears. Otherwise the
-    segments' coroutines advance together, so that each frozen product runs once for the tokens of all adapters.
+    Segments that kernels know are one operation; those that need the block as a whole are coroutines which advance
+    together, so that each frozen product runs once for all of them; for the rest the base's own forward runs over its
+    adapted linears.
     """
 
     def __init__(self, frozen: nn.Module, site: BlockSite, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
         super().__init__()
         self.frozen, self.site, self.scope, self.adapters = frozen, site, scope, adapters
 
-    @property
-    def _gated(self) -> bool:
-        """Whether the block is of the form that kernels know: act(gate) * up, and no bias at the end."""
-        return len(self.site.ups) == 2 and self.site.down.bias is None
+    def forward(self, x: Tensor) -> Tensor:
+        segments = self.scope.split(x.shape[:-1])
+        flat = x.flatten(0, -2)
+        updates = self._updates(flat, segments)
+        kinds: dict[Callable[[Tensor, Sequence[Segment], Sequence[Any]], Tensor], list[int]] = {}
+        for i, segment in enumerate(segments):
+            rest = self._spanned if self._spans(segment.adapter) else self._plain
+            kinds.setdefault(self._fused if i in updates else rest, []).append(i)
+        if not updates and self._spanned in kinds:  # one frozen product for all
+            kinds = {self._spanned: list(range(len(segments)))}
+        if kinds.keys() <= {self._plain}:
+            return self.frozen(x)
+        if len(kinds) == 1:
+            (compute,) = kinds
+            return compute(flat, segments, list(updates.values())).view(x.shape)
+        outputs: dict[int, Tensor] = {}
+        for compute, members in kinds.items():
+            own = [segments[i] for i in members]
+            part = torch.cat([flat[s.start : s.stop] for s in own])
+            shifted = list(_from_zero(own))
+            out = compute(part, shifted, [updates[i] for i in members if i in updates])
+            outputs |= zip(members, out.split([s.stop - s.start for s in shifted]), strict=True)
+        return torch.cat([outputs[i] for i in range(len(segments))]).view(x.shape)
 
-    def _fused(self, x: Tensor, segments: Sequence[Segment]) -> Tensor | None:
-        """Return the output [n, D] from kernels; None where some adapter changes more than they know."""
+    def _updates(self, x: Tensor, segments: Sequence[Segment]) -> dict[int, tuple[str, BlockUpdate]]:
+        """Return activations and updates that kernels know, by the number of their segment; {} without adapters."""
+        gated = len(self.site.ups) == 2 and self.site.down.bias is None
+        if not gated or not ops.fused_available(x) or all(s.adapter is None for s in segments):
+            return {}
         from mlora.ops import fused
 
-        if not any(s.adapter is not None for s in segments):
-            return None
-        parts = []
-        for s in segments:
+        found = {}
+        for i, s in enumerate(segments):
             adapter = None if s.adapter is None else self.adapters[s.adapter]
             site = self.site if adapter is None else adapter.blocks.get(self.site.path, self.site)
             activation = fused.activation_name(site.activation)
-            if activation is None:
-                return None
-            update = _NONE if adapter is None else self._update(adapter, x[s.start : s.stop], site, s)
-            if update is None:
-                return None
-            streams = [layer.path for layer in (*site.ups, site.down)]
-            parts.append(fused.block_part(update, s.start, s.stop, activation, s.keys, streams))
-        layers = tuple(self._linear(layer).frozen for layer in (*self.site.ups, self.site.down))
-        return fused.feed_forward(x, layers, *zip(*parts, strict=True))
+            if activation is not None:
+                update = _NONE if adapter is None else self._update(adapter, x[s.start : s.stop], site, s)
+                if update is not None:
+                    found[i] = activation, update
+        return found
 
     def _update(self, adapter: Adapter, x: Tensor, site: BlockSite, segment: Segment) -> BlockUpdate | None:
         if not adapter.method.block_as_data:
@@ -162,31 +180,41 @@ class AdaptedBlock(nn.Module):
         experts = {s.name: adapter.tensors[s.path] for s in (*site.ups, site.down) if s.path in adapter.tensors}
         return adapter.method.block_update(adapter.tensors.get(site.path, {}), experts, x, site, segment)
 
-    def forward(self, x: Tensor) -> Tensor:
-        segments = self.scope.split(x.shape[:-1])
-        flat = x.flatten(0, -2)
-        if self._gated and ops.fused_available(x):
-            fused = self._fused(flat, segments)
-            if fused is not None:
-                return fused.view(x.shape)
-        if not any(self._spans(s.adapter) for s in segments):
-            return self.frozen(x)
-        steps = [self._steps(flat[s.start : s.stop], s) for s in segments]
+    def _fused(self, x: Tensor, segments: Sequence[Segment], updates: Sequence[tuple[str, BlockUpdate]]) -> Tensor:
+        """Return the output from kernels."""
+        from mlora.ops import fused
+
+        streams = [layer.path for layer in (*self.site.ups, self.site.down)]
+        parts = [
+            fused.block_part(update, s.start, s.stop, activation, s.keys, streams)
+            for s, (activation, update) in zip(segments, updates, strict=True)
+        ]
+        layers = tuple(self._linear(layer).frozen for layer in (*self.site.ups, self.site.down))
+        return fused.feed_forward(x, layers, *zip(*parts, strict=True))
+
+    def _plain(self, x: Tensor, segments: Sequence[Segment], updates: object) -> Tensor:
+        """Return the output of the base's own forward over its adapted linears."""
+        with self.scope.part(segments):
+            return self.frozen(x[None])[0]
+
+    def _spanned(self, x: Tensor, segments: Sequence[Segment], updates: object) -> Tensor:
+        """Return the output of coroutines."""
+        steps = [self._steps(x[s.start : s.stop], s) for s in segments]
         inputs = [next(step) for step in steps]
         ups = [self._frozen(site, inputs) for site in self.site.ups]
         hidden = [step.send(outs) for step, outs in zip(steps, zip(*ups, strict=True), strict=True)]
         outputs = [_finish(step, out) for step, out in zip(steps, self._frozen(self.site.down, hidden), strict=True)]
-        return torch.cat(outputs).view(*x.shape[:-1], -1)
+        return torch.cat(outputs)
 
     def _steps(self, x: Tensor, segment: Segment) -> BlockSteps:
         if not self._spans(segment.adapter):
-            return self._plain(x, segment)
+            return self._singly(x, segment)
         adapter = self.adapters[segment.adapter]  # type: ignore[index]
         site, tensors = adapter.blocks[self.site.path], adapter.tensors
         experts = {s.name: tensors[s.path] for s in (*site.ups, site.down) if s.path in tensors}
         return adapter.method.block(tensors[site.path], experts, x, site, segment)
 
-    def _plain(self, x: Tensor, segment: Segment) -> BlockSteps:
+    def _singly(self, x: Tensor, segment: Segment) -> BlockSteps:
         """The block of an adapter that adapts single linears, or none."""
         frozen = yield x
         ups = [self._linear(s).adapt(x, out, segment) for s, out in zip(self.site.ups, frozen, strict=True)]
@@ -203,6 +231,15 @@ class AdaptedBlock(nn.Module):
 
     def _spans(self, name: str | None) -> bool:
         return name is not None and self.site.path in self.adapters[name].tensors
+
+
+def _from_zero(segments: Sequence[Segment]) -> Iterator[Segment]:
+    """Yield segments as they lie when only they are put one after the other."""
+    start = 0
+    for s in segments:
+        stop = start + s.stop - s.start
+        yield replace(s, start=start, stop=stop)
+        start = stop
 
 
 def _finish(step: BlockSteps, out: Tensor) -> Tensor:

@@ -69,6 +69,15 @@ class Scope:
         return self.flight.split(rows, length)
 
     @contextmanager
+    def part(self, segments: Sequence[Segment]) -> Iterator[None]:
+        """Run modules on some segments' tokens alone inside the `with` block, in the midst of a batch."""
+        previous, self.flight = self.flight, Flight(segments)
+        try:
+            yield
+        finally:
+            self.flight = previous
+
+    @contextmanager
     def use(self, flight: Flight) -> Iterator[None]:
         """Run the model on this batch inside the `with` block."""
         previous, self.flight = self.flight, flight

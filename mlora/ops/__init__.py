@@ -6,10 +6,18 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "dora": ("dora_norm", "frozen_weight", "rescale", "squared_row_norms"),
+    "dora": ("dora_norm", "frozen_weight", "squared_row_norms"),
     "backend": ("fused_available",),
     "loss": ("token_losses",),
-    "lowrank": ("BlockUpdate", "LowRankUpdate", "apply_update", "expand", "low_rank", "reduce", "select_expert"),
+    "lowrank": (
+        "BlockUpdate",
+        "LowRankUpdate",
+        "apply_update",
+        "expand",
+        "reduce",
+        "rescale",
+        "select_expert",
+    ),
     "pissa": ("principal_directions",),
     "random": ("dropout", "fold", "jitter", "stable_hash", "stream_keys"),
     "routing": (

@@ -53,19 +53,3 @@ def dora_norm(layer: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     mixed = (crossed.transpose(-1, -2) * b).sum(-1)
     own = ((b @ gram) * b).sum(-1)
     return (squared_row_norms(layer) + 2 * scaling * mixed + scaling**2 * own).clamp(min=0).sqrt()
-
-
-def rescale(out: Tensor, update: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-    """Return factor * (out - bias + update) + bias: the bias stays outside DoRA's scaling.
-
-    Args:
-        out: frozen output, bias included.
-        update: s B A x, of the same shape.
-        factor: m / n, of a shape that broadcasts.
-        bias: of the frozen layer; None for none.
-    """
-    factor = factor.to(out.dtype)
-    if bias is None:
-        return (out + update) * factor
-    bias = bias.to(out.dtype)
-    return (out - bias + update) * factor + bias

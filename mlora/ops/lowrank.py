@@ -15,12 +15,15 @@ from torch import Tensor
 class LowRankUpdate(NamedTuple):
     """What an adapter adds to a frozen linear layer's output, s sum_e w_e B_e A_e d(x), as data.
 
+    With a factor it also multiplies the sum of both, but for the layer's bias.
+
     Attributes:
         a: [r, D], or [E, r, D].
         b: [O, r], or [E, O, r].
         scaling: s.
         dropout: probability of dropping an entry of x.
         weights: [n, E] of the experts; None for a single update.
+        factor: [O] float32 (DoRA); None for 1.
     """
 
     a: Tensor
@@ -28,6 +31,7 @@ class LowRankUpdate(NamedTuple):
     scaling: float
     dropout: float
     weights: Tensor | None = None
+    factor: Tensor | None = None
 
 
 class BlockUpdate(NamedTuple):
@@ -56,27 +60,36 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "cpu" else x.dtype
 
 
-def apply_update(update: LowRankUpdate, x: Tensor, out: Tensor) -> Tensor:
-    """Return out [n, O] with an update of it, from its input x [n, D], dropped out already."""
+def apply_update(update: LowRankUpdate, x: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return out [n, O] with an update of it, from its input x [n, D], dropped out already.
+
+    Args:
+        update: from an adapter.
+        x: [n, D].
+        out: frozen output, bias included.
+        bias: of the frozen layer; None for none.
+    """
     codes = reduce(x, update.a)
     if update.weights is not None:
         codes = codes * update.weights[..., None].to(codes.dtype)
-    return out + expand(codes, update.b, update.scaling).to(out.dtype)
+    added = expand(codes, update.b, update.scaling).to(out.dtype)
+    return out + added if update.factor is None else rescale(out, added, update.factor, bias)
 
 
-def low_rank(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Return s B A x.
+def rescale(out: Tensor, update: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """Return factor * (out - bias + update) + bias: the bias stays outside DoRA's scaling.
 
     Args:
-        x: [n, D].
-        a: [r, D] float32.
-        b: [O, r] float32.
-        scaling: s.
-
-    Returns:
-        [n, O] in the dtype of x.
+        out: frozen output, bias included.
+        update: s B A x, of the same shape.
+        factor: m / n, of a shape that broadcasts.
+        bias: of the frozen layer; None for none.
     """
-    return expand(reduce(x, a), b, scaling).to(x.dtype)
+    factor = factor.to(out.dtype)
+    if bias is None:
+        return (out + update) * factor
+    bias = bias.to(out.dtype)
+    return (out - bias + update) * factor + bias
 
 
 def reduce(x: Tensor, a: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """Counter-based random streams: a value depends on its token, feature and stream, never on its neighbours.
 
 Each token of an adapter has a 32-bit key made of (run seed, adapter, optimizer step, row within the step, position).
-A stream (one module's dropout, say) mixes its own number into that key, and feature j hashes key + j * golden ratio.
+A stream (one module's dropout, say) mixes its own number into that key, and column j hashes key + j * golden ratio.
 So neither the company in the batch, nor its order, nor the micro-batch size changes a single value, and a kernel can
 make the same mask again in backward instead of keeping it.
 
 The hash is a 32-bit xor-shift-multiply finaliser with published low-bias constants
 (https://nullprogram.com/blog/2018/07/31/). One hash serves two features, 16 bits each, so probabilities are multiples
-of 2^-16.
+of 2^-16: feature j of the first half and feature j of the second, so that a kernel reads both side by side in memory
+and hashes once.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def random_bits(keys: Tensor, features: int, stream: str) -> Tensor:
     """Return [n, features] int16, uniform over all 2^16 values."""
     key = _hash(keys ^ stream_number(stream))
     counters = torch.arange((features + 1) // 2, dtype=torch.int32, device=keys.device) * GOLDEN
-    return _hash(key[:, None] + counters).view(torch.int16)[:, :features]
+    halves = _hash(key[:, None] + counters).view(torch.int16).unflatten(1, (-1, 2))
+    return halves.transpose(1, 2).flatten(1)[:, :features]
 
 
 def dropout(x: Tensor, keys: Tensor, p: float, stream: str) -> Tensor:

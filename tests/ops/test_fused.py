@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from mlora import ops  # noqa: E402
 from mlora.ops import fused  # noqa: E402
+from mlora.ops.fused.groups import grouped, joined  # noqa: E402
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Largest difference, relative to the largest value of a tensor."""
@@ -62,7 +63,7 @@ def test_adapted_linear(
     keys = keys_of(tokens)
 
     part = fused.Part(2, tokens + 2, 1.5, fused.dropout_of(keys, p, "q"))  # a token before and after: frozen
-    out = fused.adapted_linear(x, layer, [part], [a, b, weights])
+    out = fused.adapted_linear(x, layer, [part], [fused.Tensors(a, b, weights, None)])
 
     own = ops.dropout(x[2 : tokens + 2], keys, p, "q")
     codes = torch.einsum("nd,erd->ner", own.float(), a.reshape(-1, rank, inputs))
@@ -79,6 +80,56 @@ def test_adapted_linear(
         gradients(out, upstream, tensors), gradients(expected, upstream.float(), tensors), strict=True
     ):
         same(found, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_groups_and_factors(bias: bool, dtype: torch.dtype) -> None:
+    """Adapters of one form go together, and each gets what it gets alone; a factor leaves the bias out."""
+    torch.manual_seed(3)
+    n, inputs, outputs = 66, 40, 34
+    layer = nn.Linear(inputs, outputs, bias=bias).to(DEVICE, dtype).requires_grad_(False)
+    # rank, experts, dropout, whether rescaled: three of one form, two of another, one with experts twice
+    forms = [(4, 0, 0.3, False)] * 3 + [(6, 0, 0.1, True)] * 2 + [(4, 3, 0.0, False)] * 2 + [(4, 0, 0.3, False)]
+    x = draw(len(forms) * n + 2, inputs, dtype=dtype).requires_grad_()
+    keys = keys_of(len(forms) * n)
+    parts, owned, expected = [], [], [layer(x[:1]).float()]
+    for number, (rank, experts, p, rescaled) in enumerate(forms):
+        lead, start = (experts,) if experts else (), 1 + number * n
+        a = draw(*lead, rank, inputs, scale=0.2).requires_grad_()
+        b = draw(*lead, outputs, rank, scale=0.2).requires_grad_()
+        weights = draw(n, experts).softmax(-1).requires_grad_() if experts else None
+        factor = draw(outputs).requires_grad_() if rescaled else None
+        own_keys = keys[number * n : (number + 1) * n]
+        parts.append(fused.Part(start, start + n, 1.5, fused.dropout_of(own_keys, p, "q")))
+        owned.append(fused.Tensors(a, b, weights, factor))
+        own = x[start : start + n]
+        update = ops.LowRankUpdate(a, b, 1.5, p, weights, factor)
+        wide = ops.dropout(own, own_keys, p, "q").float()
+        expected.append(ops.apply_update(update, wide, layer(own).float(), layer.bias))
+    expected = torch.cat([*expected, layer(x[-1:]).float()])
+    out = fused.adapted_linear(x, layer, parts, owned)
+    same(out, expected, dtype)
+    upstream = draw(*out.shape, dtype=dtype)
+    tensors = [x, *(t for own in owned for t in own if t is not None)]
+    pairs = zip(gradients(out, upstream, tensors), gradients(expected, upstream.float(), tensors), strict=True)
+    for found, wanted in pairs:
+        same(found, wanted, dtype)
+
+
+def test_only_neighbours_of_one_form_and_length_are_a_group() -> None:
+    spans = [slice(0, 4), slice(4, 8), slice(8, 11), slice(11, 14), slice(15, 18), slice(18, 21)]
+    forms = ["a", "a", "a", "a", "a", "b"]
+    found = list(grouped(spans, forms.__getitem__))
+    assert found == [slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 6)]
+
+
+def test_joined_copies_only_what_lies_apart() -> None:
+    keys = torch.arange(12)
+    assert joined([keys[2:5], keys[5:8]]).data_ptr() == keys[2:].data_ptr()
+    for parts in ([keys[2:5], keys[6:9]], [keys[2:5], keys.clone()[5:8]], [keys[::2][:2], keys[4:6]]):
+        assert torch.equal(joined(parts), torch.cat(parts))
+    assert torch.equal(joined([keys[2:5], keys[5:8]]), keys[2:8])
 
 
 def reference_block(x, layers, activation, a1, b1, a3, b3, a2, b2, weights, experts, scaling, p, keys, fold):
@@ -112,57 +163,56 @@ def reference_block(x, layers, activation, a1, b1, a3, b3, a2, b2, weights, expe
         (65, 16, 64, 8, 2, 4, 0.5, "silu", "gate"),
         (3, 16, 17, 2, 2, 2, 0.2, "silu", "up"),
         (9, 16, 20, 1, 1, 1, 0.0, "silu", "gate up down"),
+        (20, 16, 40, 8, 2, 20, 0.1, "silu", ""),
     ],
 )
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_feed_forward(tokens, hidden, inner, num_experts, k, rank, p, activation, without, dtype) -> None:
+def test_feed_forward(tokens, hidden, inner, num_experts, k, rank, p, activation, without, groups, dtype) -> None:
     torch.manual_seed(tokens)
     layers = [
         nn.Linear(i, o, bias=False).to(DEVICE, dtype) for i, o in ((hidden, inner), (hidden, inner), (inner, hidden))
     ]
     for layer in layers:
         layer.requires_grad_(False)
-    x = draw(tokens, hidden, dtype=dtype).requires_grad_()
-    named = {}
-    for name, i, o in (("gate", hidden, inner), ("up", hidden, inner), ("down", inner, hidden)):
-        absent = name in without.split()
-        named[name] = (
-            [None, None]
-            if absent
-            else [
-                draw(num_experts, rank, i, scale=0.3).requires_grad_(),
-                draw(num_experts, o, rank, scale=0.3).requires_grad_(),
-            ]
-        )
-    routed = num_experts > 1
-    chosen, picked = draw(tokens, num_experts).softmax(-1).topk(k)
-    weights = chosen.detach().requires_grad_() if routed else torch.ones(tokens, 1, device=DEVICE)
-    keys = keys_of(tokens)
+    x = draw(groups * tokens, hidden, dtype=dtype).requires_grad_()
+    wide = x.detach().float().requires_grad_()
+    keys = keys_of(groups * tokens)
     functions = {
         "silu": nn.functional.silu,
         "gelu": nn.functional.gelu,
         "gelu_tanh": lambda g: nn.functional.gelu(g, approximate="tanh"),
     }
-    flat = [t for name in ("gate", "up", "down") for t in named[name]]
-
-    update = ops.BlockUpdate(
-        *(None if a is None else (a, b) for a, b in named.values()),
-        num_experts,
-        1.5,
-        p,
-        weights if routed else None,
-        picked if routed else None,
-    )
-    part, own = fused.block_part(update, 0, tokens, activation, keys, ("gate", "up", "down"))
-    if own.gate_a is None and own.up_a is None and own.down_a is None and dtype != torch.float32:
+    parts, owned, expected, trained = [], [], [], []
+    for group in range(groups):
+        inside = slice(group * tokens, (group + 1) * tokens)
+        pairs = []
+        for name, i, o in (("gate", hidden, inner), ("up", hidden, inner), ("down", inner, hidden)):
+            a = draw(num_experts, rank, i, scale=0.3).requires_grad_()
+            b = draw(num_experts, o, rank, scale=0.3).requires_grad_()
+            pairs.append(None if name in without.split() else (a, b))
+        routed = num_experts > 1
+        chosen, picked = draw(tokens, num_experts).softmax(-1).topk(k)
+        weights = chosen.detach().requires_grad_() if routed else torch.ones(tokens, 1, device=DEVICE)
+        choices = (weights, picked) if routed else (None, None)
+        update = ops.BlockUpdate(*pairs, num_experts, 1.5, p, *choices)
+        part, own = fused.block_part(
+            update, inside.start, inside.stop, activation, keys[inside], ("gate", "up", "down")
+        )
+        parts.append(part)
+        owned.append(own)
+        flat = [t for pair in pairs for t in (pair or (None, None))]
+        function = functions[activation]
+        expected.append(
+            reference_block(wide[inside], layers, function, *flat, weights, picked, 1.5, p, keys[inside], routed)
+        )
+        trained += [t for t in flat if t is not None] + ([weights] if routed else [])
+    if not trained and dtype != torch.float32:
         pytest.skip("nothing to compare but the frozen block")
-    out = fused.feed_forward(x, layers, [part], [own])
-    wide = x.detach().float().requires_grad_()
-    expected = reference_block(wide, layers, functions[activation], *flat, weights, picked, 1.5, p, keys, routed)
+    out, expected = fused.feed_forward(x, layers, parts, owned), torch.cat(expected)
 
     same(out, expected, dtype)
-    upstream = draw(tokens, hidden, dtype=dtype)
-    trained = [t for t in flat if t is not None] + ([weights] if routed else [])
+    upstream = draw(*out.shape, dtype=dtype)
     pairs = zip(
         gradients(out, upstream, [x, *trained]), gradients(expected, upstream.float(), [wide, *trained]), strict=True
     )

@@ -1,41 +1,35 @@
 """A gated feed-forward block and the updates of all adapters in it, as one differentiable operation.
 
 The frozen products W1 x, W3 x and W2 h run once over the tokens of all adapters, and their gradients are summed in
-place. Between them, for each adapter,
+place. What lies between them runs in one pass over W1 x and W3 x each way (`middle.py`), for adapters of one form at
+once (`groups.py`).
 
-    g_j = G + s B1 (c1 of the expert e_j alone), u_j likewise
-    h = sum_j w_j act(g_j) * u_j
-
-in one pass over g and u (`gated.py`), where a dense adapter has one choice j, whose g and u overwrite G and U. Narrow
-products run over the columns of all experts, zero for those not chosen: with E r near 128 they cost what one expert's
-would, which no kernel that sorted tokens by expert could beat (benchmarks/RESULTS.md).
-
-Shapes: n tokens, D hidden, I intermediate, E experts, k experts of a token, r rank.
+Shapes: n tokens, D hidden, I intermediate, E experts, k experts of a token, r rank; N = G n tokens of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mlora.ops.dora import frozen_weight
-from mlora.ops.fused.gated import gated, gated_grad
-from mlora.ops.fused.linear import (
-    Dropout,
+from mlora.ops.fused.groups import dropout_form, form_of, grouped, joined, joined_dropout
+from mlora.ops.fused.masks import Dropout, dropout_of
+from mlora.ops.fused.middle import Choices, Narrow, middle, middle_grad
+from mlora.ops.fused.products import (
     add_up,
     drop,
-    dropout_of,
-    gradient_of_a,
-    gradient_of_b,
+    gradients_of_a,
+    gradients_of_b,
     narrow,
+    product,
     unit_stride,
     wide,
 )
 from mlora.ops.lowrank import BlockUpdate
-from mlora.ops.random import fold
 
 
 class Part(NamedTuple):
@@ -56,11 +50,6 @@ class Part(NamedTuple):
     dropouts: tuple[Dropout | None, Dropout | None, Dropout | None]
     activation: str
 
-    @property
-    def tokens(self) -> slice:
-        """Of the stream."""
-        return slice(self.start, self.stop)
-
 
 class Own(NamedTuple):
     """The tensors of one part; None for what it has not. Weights and experts [n, k] are those of routed experts."""
@@ -75,17 +64,39 @@ class Own(NamedTuple):
     experts: Tensor | None
 
 
-class Kept(NamedTuple):
-    """What the forward of one part leaves for its backward.
+class _Group(NamedTuple):
+    """Parts of one form.
 
     Attributes:
-        gate, up: g_j and u_j [k, n, I].
-        gate_codes, up_codes: A1 d(x) and A3 d(x) [n, E r].
-        down_codes: sum_j w_j A2 d(h_j) [n, E r].
+        members: their numbers.
+        tokens: of the stream.
+        form: any of them.
+        dropouts: as a part's, with the keys of all.
     """
 
-    gate: Tensor
-    up: Tensor
+    members: slice
+    tokens: slice
+    form: Part
+    dropouts: tuple[Dropout | None, ...]
+
+
+class _Stacks(NamedTuple):
+    """The tensors of a group: A and B of each part, and the choices of all its tokens; None for what it has not."""
+
+    gate: tuple[list[Tensor], list[Tensor]] | None
+    up: tuple[list[Tensor], list[Tensor]] | None
+    down: tuple[list[Tensor], list[Tensor]] | None
+    choices: Choices | None
+
+
+class _Kept(NamedTuple):
+    """What the forward of a group leaves for its backward.
+
+    Attributes:
+        gate_codes, up_codes: A1 d(x) and A3 d(x) [N, E r].
+        down_codes: sum_j w_j A2 d(h_j) [N, E r].
+    """
+
     gate_codes: Tensor | None
     up_codes: Tensor | None
     down_codes: Tensor | None
@@ -96,153 +107,197 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: Sequence[nn.Module], parts: Sequence[Part], *tensors: Any) -> Tensor:
+        owned = _owned(tensors)
         gate, up = layers[0](x), layers[1](x)
         hidden = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        groups = list(_groups(parts, owned))
         every = []
-        for part, own in zip(parts, _owned(tensors), strict=True):
-            s = part.tokens
-            every.append(_forward(part, own, x[s], gate[s], up[s], hidden[s]))
+        for group in groups:
+            t = group.tokens
+            every.append(_forward(group, _stacked(group, owned), x[t], gate[t], up[t], hidden[t]))
         out = layers[2](hidden)
-        for part, own, kept in zip(parts, _owned(tensors), every, strict=True):
-            if own.down_b is not None and kept.down_codes is not None:
-                add_up(out[part.tokens], kept.down_codes, wide(own.down_b, x.dtype), part.scaling)
-        ctx.layers, ctx.parts = layers, parts
-        ctx.save_for_backward(x, *(tensor for kept in every for tensor in kept), *tensors)
+        for group, kept in zip(groups, every, strict=True):
+            down = _stacked(group, owned).down
+            if down is not None and kept.down_codes is not None:
+                add_up(out[group.tokens], kept.down_codes, wide(down[1], x.dtype), group.form.scaling)
+        ctx.layers, ctx.groups = layers, groups
+        ctx.save_for_backward(x, gate, up, *(tensor for kept in every for tensor in kept), *tensors)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
-        size = len(Kept._fields)
-        every = [Kept(*rest[size * i : size * (i + 1)]) for i in range(len(ctx.parts))]
-        owned = _owned(rest[size * len(ctx.parts) :])
+        x, gate, up, *rest = ctx.saved_tensors
+        size = len(_Kept._fields)
+        every = [_Kept(*rest[size * i : size * (i + 1)]) for i in range(len(ctx.groups))]
+        owned = _owned(rest[size * len(ctx.groups) :])
         grad = grad.contiguous()
         first, second, third = (frozen_weight(layer).to(grad.dtype) for layer in ctx.layers)
         hidden_grad = grad @ third
         gate_grad, up_grad = torch.empty_like(hidden_grad), torch.empty_like(hidden_grad)
         gradients: list[Tensor | None] = []
         codes = []
-        for part, own, kept in zip(ctx.parts, owned, every, strict=True):
-            s = part.tokens
-            grads, of_codes = _backward(part, own, kept, x[s], grad[s], hidden_grad[s], gate_grad[s], up_grad[s])
+        for group, kept in zip(ctx.groups, every, strict=True):
+            t, stacks = group.tokens, _stacked(group, owned)
+            grads, of_codes = _backward(
+                group, stacks, kept, x[t], gate[t], up[t], grad[t], hidden_grad[t], gate_grad[t], up_grad[t]
+            )
             gradients += grads
             codes.append(of_codes)
         if not ctx.needs_input_grad[0]:
             return None, None, None, *gradients
         dx = (gate_grad @ first).addmm_(up_grad, second)
-        for part, own, of_codes in zip(ctx.parts, owned, codes, strict=True):
-            for a, code, dropout in zip((own.gate_a, own.up_a), of_codes, part.dropouts[:2], strict=True):
-                if a is not None and code is not None:
-                    add_up(dx[part.tokens], code, narrow(a, dx.dtype), 1.0, dropout)
+        for group, of_codes in zip(ctx.groups, codes, strict=True):
+            stacks = _stacked(group, owned)
+            for stack, code, dropout in zip((stacks.gate, stacks.up), of_codes, group.dropouts[:2], strict=True):
+                if stack is not None and code is not None:
+                    add_up(dx[group.tokens], code, narrow(stack[0], dx.dtype), 1.0, dropout)
         return dx, None, None, *gradients
 
 
-def _forward(part: Part, own: Own, x: Tensor, gate: Tensor, up: Tensor, hidden: Tensor) -> Kept:
-    """Write the hidden units of one part."""
-    masks = _choices(own, part.num_experts)
+def _forward(group: _Group, stacks: _Stacks, x: Tensor, gate: Tensor, up: Tensor, hidden: Tensor) -> _Kept:
+    """Write the hidden units of one group."""
+    form, count = group.form, _count(group)
     gate_codes, up_codes = (
-        None if a is None else drop(x, dropout) @ narrow(a, x.dtype).T
-        for a, dropout in zip((own.gate_a, own.up_a), part.dropouts[:2], strict=True)
+        None if stack is None else product(drop(x, dropout), narrow(stack[0], x.dtype).mT)
+        for stack, dropout in zip((stacks.gate, stacks.up), group.dropouts[:2], strict=True)
     )
-    gates = _updated(gate, gate_codes, own.gate_b, masks, part.scaling)
-    ups = _updated(up, up_codes, own.up_b, masks, part.scaling)
-    weights, experts = own.weights, own.experts
-    has_down = own.down_a is not None
-    kept = gated(gates, ups, hidden, weights, experts, part.activation, part.dropouts[2], has_down)
+    updates = _narrow(gate_codes, stacks.gate, 1), _narrow(up_codes, stacks.up, 1)
+    kept = middle(
+        gate, up, hidden, updates, stacks.choices, count, form.scaling, form.activation, group.dropouts[2],
+        stacks.down is not None,
+    )  # fmt: skip
     down_codes = None
-    if own.down_a is not None and kept is not None:
-        down_codes = _chosen_sum(kept @ narrow(own.down_a, x.dtype).T, masks, weights)
-    return Kept(gates, ups, gate_codes, up_codes, down_codes)
+    if stacks.down is not None and kept is not None:
+        of_choices = product(kept.view(-1, kept.shape[-1]), narrow(stacks.down[0], x.dtype).mT)
+        weights = None if stacks.choices is None else stacks.choices.weights
+        down_codes = _chosen_sum(of_choices, _masks(group, stacks), weights)
+    return _Kept(gate_codes, up_codes, down_codes)
 
 
 def _backward(
-    part: Part, own: Own, kept: Kept, x: Tensor, grad: Tensor, hidden_grad: Tensor, gate_grad: Tensor, up_grad: Tensor
-) -> tuple[list[Tensor | None], tuple[Tensor | None, Tensor | None]]:
-    """Write the gradients of G and U; return those of `Own` and of the gate and up codes [n, E r]."""
-    masks, k = _choices(own, part.num_experts), len(kept.gate)
-    choices = hidden_grad[None]
-    down_grad = down_a = down_b = None
-    if own.down_a is not None and own.down_b is not None and kept.down_codes is not None:
-        down_b = gradient_of_b(kept.down_codes, grad, own.down_b, part.scaling)
-        down_grad = _alone(grad @ wide(own.down_b, grad.dtype).T * part.scaling, masks)
-        choices = hidden_grad[None] if k == 1 else torch.empty_like(kept.gate)
-        for j in range(k):
-            dropout = _folded(part.dropouts[2], own.experts, j)
-            add_up(hidden_grad, down_grad[j], narrow(own.down_a, x.dtype), 1.0, dropout, choices[j])
-    gates = gate_grad[None] if k == 1 else torch.empty_like(kept.gate)
-    ups = up_grad[None] if k == 1 else torch.empty_like(kept.up)
-    hidden, weights = gated_grad(
-        kept.gate, kept.up, choices, gates, ups, gate_grad, up_grad, own.weights, own.experts, part.activation,
-        part.dropouts[2], down_grad is not None,
+    group: _Group, stacks: _Stacks, kept: _Kept, x: Tensor, gate: Tensor, up: Tensor, grad: Tensor,
+    hidden_grad: Tensor, gate_grad: Tensor, up_grad: Tensor,
+) -> tuple[list[Tensor | None], tuple[Tensor | None, Tensor | None]]:  # fmt: skip
+    """Write the gradients of G and U; return those of every part's `Own` and of the gate and up codes [N, E r]."""
+    form, masks, count = group.form, _masks(group, stacks), _count(group)
+    down, down_grad = stacks.down, None
+    of_down_a: Sequence[Tensor | None] = _none(count)
+    of_down_b: Sequence[Tensor | None] = _none(count)
+    if down is not None and kept.down_codes is not None:
+        of_down_b = gradients_of_b(kept.down_codes, grad, down[1], form.scaling)
+        down_grad = product(grad, wide(down[1], grad.dtype).mT) * form.scaling
+    updates = (
+        _narrow(kept.gate_codes, stacks.gate, 1),
+        _narrow(kept.up_codes, stacks.up, 1),
+        _narrow(down_grad, down, 0),
+    )
+    gates, ups, hidden, of_weights = middle_grad(
+        gate, up, hidden_grad, gate_grad, up_grad, updates, stacks.choices, count, form.scaling, form.activation,
+        group.dropouts[2],
     )  # fmt: skip
-    if down_grad is not None and hidden is not None and own.down_a is not None:
-        weighted = down_grad if own.weights is None else down_grad * own.weights.T[..., None].to(down_grad.dtype)
-        down_a = gradient_of_a(weighted.flatten(0, 1), hidden.flatten(0, 1), own.down_a)
-    gate_codes, gate_a, gate_b = _of_update(gates, x, kept.gate_codes, own.gate_a, own.gate_b, masks, part, 0)
-    up_codes, up_a, up_b = _of_update(ups, x, kept.up_codes, own.up_a, own.up_b, masks, part, 1)
-    return [gate_a, gate_b, up_a, up_b, down_a, down_b, weights, None], (gate_codes, up_codes)
+    if down is not None and down_grad is not None and hidden is not None:
+        weights = None if stacks.choices is None else stacks.choices.weights
+        alone = _alone(down_grad, masks, weights)
+        of_down_a = gradients_of_a(alone, hidden.view(-1, hidden.shape[-1]), down[0])
+    gate_codes, *of_gate = _of_update(gates, x, kept.gate_codes, stacks.gate, masks, group, 0)
+    up_codes, *of_up = _of_update(ups, x, kept.up_codes, stacks.up, masks, group, 1)
+    split = _none(count) if of_weights is None else of_weights.chunk(count)
+    every = zip(*of_gate, *of_up, of_down_a, of_down_b, split, _none(count), strict=True)
+    return [tensor for part in every for tensor in part], (gate_codes, up_codes)
 
 
 def _of_update(
-    grads: Tensor, x: Tensor, codes: Tensor | None, a: Tensor | None, b: Tensor | None, masks: Tensor | None,
-    part: Part, layer: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of codes [n, E r], of A and of B, from those of g_j or u_j [k, n, I]."""
-    if codes is None or a is None or b is None:
-        return None, None, None
-    own = _chosen_sum(grads @ wide(b, grads.dtype).T, masks, None) * part.scaling
-    of_b = gradient_of_b(_alone(codes, masks).flatten(0, 1), grads.flatten(0, 1), b, part.scaling)
-    return own, gradient_of_a(own, x, a, part.dropouts[layer]), of_b
+    grads: Tensor, x: Tensor, codes: Tensor | None, stack: tuple[list[Tensor], list[Tensor]] | None,
+    masks: Tensor | None, group: _Group, layer: int,
+) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:  # fmt: skip
+    """Return the gradients of codes [N, E r], of each A and of each B, from those of g_j or u_j [G, k, n, I]."""
+    if codes is None or stack is None:
+        return None, _none(_count(group)), _none(_count(group))
+    flat, scaling = grads.view(-1, grads.shape[-1]), group.form.scaling
+    own = _chosen_sum(product(flat, wide(stack[1], grads.dtype).mT), masks, None) * scaling
+    of_b = gradients_of_b(_alone(codes, masks, None), flat, stack[1], scaling)
+    return own, gradients_of_a(own, x, stack[0], group.dropouts[layer]), of_b
 
 
-def _choices(own: Own, num_experts: int) -> Tensor | None:
-    """Return [k, n, E], whether an expert is a token's j-th choice; None where there is one expert for all."""
-    if own.experts is None:
+def _none(count: int) -> Sequence[None]:
+    return [None] * count
+
+
+def _narrow(codes: Tensor | None, stack: tuple[list[Tensor], list[Tensor]] | None, which: int) -> Narrow | None:
+    """Return what the middle reads of a layer: codes and B, or (0) their gradients and A."""
+    if codes is None or stack is None:
         return None
-    return own.experts.T.contiguous()[..., None] == torch.arange(num_experts, device=own.experts.device)
+    return Narrow(codes, (narrow, wide)[which](stack[which], codes.dtype))
 
 
-def _alone(codes: Tensor, masks: Tensor | None) -> Tensor:
-    """Return codes [k, n, E r], zero but for each choice's expert, from [n, E r]."""
+def _masks(group: _Group, stacks: _Stacks) -> Tensor | None:
+    """Return [G, k, n, E], whether an expert is a token's j-th choice; None where there is one expert for all."""
+    if stacks.choices is None:
+        return None
+    experts = stacks.choices.experts.unflatten(0, (_count(group), -1)).transpose(1, 2)
+    return experts[..., None] == torch.arange(group.form.num_experts, device=experts.device)
+
+
+def _alone(codes: Tensor, masks: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Return codes [G k n, E r], zero but for each choice's expert, times its weight, from [N, E r]."""
     if masks is None:
-        return codes[None]
-    return (codes.unflatten(1, (masks.shape[-1], -1)) * masks[..., None]).flatten(2)
+        return codes
+    groups, _, _, experts = masks.shape
+    apart = codes.unflatten(1, (experts, -1)).unflatten(0, (groups, 1, -1))
+    return (apart * _factors(masks, weights, codes.dtype)).flatten(3).flatten(0, 2)
 
 
 def _chosen_sum(codes: Tensor, masks: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Return sum_j w_j of codes [k, n, E r], of each choice's expert alone: [n, E r]."""
+    """Return sum_j w_j of codes [G k n, E r], of each choice's expert alone: [N, E r]."""
     if masks is None:
-        return codes[0]
-    factors = masks.to(codes.dtype) if weights is None else masks * weights.T[..., None]
-    apart = codes.unflatten(2, (masks.shape[-1], -1))
-    return (apart * factors[..., None].to(codes.dtype)).sum(0).flatten(1)
+        return codes
+    groups, k, _, experts = masks.shape
+    apart = codes.unflatten(1, (experts, -1)).unflatten(0, (groups, k, -1))
+    return (apart * _factors(masks, weights, codes.dtype)).sum(1).flatten(2).flatten(0, 1)
 
 
-def _updated(frozen: Tensor, codes: Tensor | None, b: Tensor | None, masks: Tensor | None, scaling: float) -> Tensor:
-    """Return frozen + s B (codes of the choice's expert alone) [k, n, I]; one choice overwrites the frozen output."""
-    if masks is None:
-        if codes is not None and b is not None:
-            add_up(frozen, codes, wide(b, frozen.dtype), scaling)
-        return frozen[None]
-    if codes is None or b is None:
-        return frozen.expand(len(masks), *frozen.shape).contiguous()
-    out = torch.empty((len(masks), *frozen.shape), dtype=frozen.dtype, device=frozen.device)
-    matrix = wide(b, frozen.dtype)
-    for own, codes_of in zip(out, _alone(codes, masks), strict=True):
-        add_up(frozen, codes_of, matrix, scaling, out=own)
-    return out
-
-
-def _folded(dropout: Dropout | None, experts: Tensor | None, choice: int) -> Dropout | None:
-    """Return the dropout of one choice's hidden units: a stream of its own for each expert."""
-    if dropout is None or experts is None:
-        return dropout
-    return dropout._replace(keys=fold(dropout.keys, experts[:, choice]))
+def _factors(masks: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return masks [G, k, n, E, 1], times the choices' weights [N, k]."""
+    if weights is not None:
+        masks = masks * weights.unflatten(0, (len(masks), -1)).transpose(1, 2)[..., None]
+    return masks[..., None].to(dtype)
 
 
 def _owned(tensors: Sequence[Any]) -> list[Own]:
     size = len(Own._fields)
     return [Own(*tensors[i : i + size]) for i in range(0, len(tensors), size)]
+
+
+def _groups(parts: Sequence[Part], owned: Sequence[Own]) -> Iterator[_Group]:
+    def form(number: int) -> tuple[Any, ...]:
+        part = parts[number]
+        plain = part.num_experts, part.rank, part.scaling, part.activation
+        return (
+            *plain,
+            *map(dropout_form, part.dropouts),
+            *map(form_of, owned[number][:6]),
+            owned[number].weights is None,
+        )
+
+    for members in grouped(parts, form):
+        own = parts[members]
+        dropouts = tuple(joined_dropout(each) for each in zip(*(part.dropouts for part in own), strict=True))
+        yield _Group(members, slice(own[0].start, own[-1].stop), own[0], dropouts)
+
+
+def _stacked(group: _Group, owned: Sequence[Own]) -> _Stacks:
+    own = owned[group.members]
+    columns: list[Any] = [None if tensors[0] is None else list(tensors) for tensors in zip(*own, strict=True)]
+    gate, up, down = (
+        None if a is None or b is None else (a, b) for a, b in zip(columns[:6:2], columns[1:6:2], strict=True)
+    )
+    weights, experts = columns[6:]
+    choices = None if weights is None else Choices(joined(weights), joined(experts), group.form.rank)
+    return _Stacks(gate, up, down, choices)
+
+
+def _count(group: _Group) -> int:
+    return group.members.stop - group.members.start
 
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:

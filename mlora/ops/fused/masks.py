@@ -1,11 +1,47 @@
-"""The dropout masks of `ops.random` inside kernels: the same hash, so the same masks, without a byte of memory."""
+"""The dropout masks of `ops.random` inside kernels: the same hash, so the same masks, without a byte of memory.
+
+One hash serves a column of the left half of the features and the same one of the right half, so a program works on a
+tile of each half.
+"""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from mlora.ops.random import dropped_levels, stream_number
 
 GOLDEN = tl.constexpr(0x9E3779B9)
+
+
+class Dropout(NamedTuple):
+    """Which entries of a matrix are dropped.
+
+    Attributes:
+        keys: [n] int32 token keys.
+        salt: number of the stream.
+        dropped: of 2^16 levels.
+    """
+
+    keys: Tensor
+    salt: int
+    dropped: int
+
+
+def dropout_of(keys: Tensor | None, p: float, stream: str) -> Dropout | None:
+    """Return the dropout of `ops.random.dropout` with these arguments; None where nothing is dropped."""
+    dropped = dropped_levels(p)
+    return None if keys is None or dropped == 0 else Dropout(keys, stream_number(stream), dropped)
+
+
+def mask_settings(dropout: Dropout | None) -> dict[str, Any]:
+    """Return what a kernel takes of a dropout, besides its keys."""
+    if dropout is None:
+        return {"salt": 0, "dropped": 0, "DROP": False}
+    return {"salt": dropout.salt, "dropped": dropout.dropped, "DROP": True}
 
 
 @triton.jit
@@ -28,13 +64,15 @@ def token_keys(keys, rows, live, expert, salt, FOLD: tl.constexpr):
 
 
 @triton.jit
-def dropped_out(x, key, feature, dropped):
-    """Drop entries of x [n, F], of the given feature numbers [F], and scale the others.
+def mask_bits(key, column):
+    """Return random bits [n, F], 16 for a column of each half, from keys [n] and columns [F] of a half."""
+    bits = mix(key[:, None] + column.to(tl.uint32)[None, :] * GOLDEN)
+    return bits ^ 0x80008000  # `ops.random` reads signed numbers: both moved to 0
 
-    One hash serves two features, its low half the even one. It is computed for each of them again: so the mask exists
-    in whatever layout x has, and no entry changes its thread.
-    """
-    bits = mix(key[:, None] + (feature // 2).to(tl.uint32)[None, :] * GOLDEN)
-    level = ((bits >> ((feature % 2) * 16).to(tl.uint32)[None, :]) & 0xFFFF) ^ 0x8000  # signed 16 bits, moved to 0
+
+@triton.jit
+def dropped_out(x, bits, dropped, SIDE: tl.constexpr):
+    """Drop entries of x [n, F], columns of the left (0) or right (1) half, and scale the others."""
+    level = (bits >> 16) if SIDE else (bits & 0xFFFF)
     scale = 65536.0 / (65536 - dropped)
     return tl.where(level >= dropped.to(tl.uint32), x.to(tl.float32) * scale, 0.0).to(x.dtype)

@@ -1,0 +1,251 @@
+"""Low-rank products of G adapters at once. What cuBLAS does well it does; kernels do what needs a mask.
+
+    dropout  d(x)
+    up       y += s d(c M)         in place, onto what the frozen product has left
+    outer    M' = s c^T d(x)       in two passes, so that sums have one order; float32
+
+The tokens of a group of G adapters follow one another, n for each, so that one launch serves all of them.
+
+Shapes: N = G n tokens, F features, R = E * r columns of E stacked matrices of rank r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mlora.ops.fused.masks import Dropout, dropped_out, mask_bits, mask_settings, token_keys
+
+PROGRAMS = 264
+"""Programs wanted in flight: two for each multiprocessor of an H100."""
+
+VARYING = ["tokens", "share", "salt", "dropped"]
+"""Arguments that change from batch to batch or layer to layer: kernels are not compiled anew for their values."""
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _dropout(x, out, keys, tokens, features, half, x_token, salt, dropped, BT: tl.constexpr, BF: tl.constexpr):
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    live = t < tokens
+    bits = mask_bits(token_keys(keys, t, live, 0, salt, False), f)
+    for side in tl.static_range(2):
+        both = live[:, None] & (f < (features - half if side else half))[None, :]
+        column = side * half + f
+        part = tl.load(x + t[:, None] * x_token + column[None, :], mask=both, other=0.0)
+        tl.store(out + t[:, None] * features + column[None, :], dropped_out(part, bits, dropped, side), mask=both)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _up(
+    codes, matrix, out, keys, tokens, features, half, columns, o_token, scale, salt, dropped,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    own = tl.program_id(0) * BT + tl.arange(0, BT)
+    live = own < tokens
+    t = tl.program_id(2).to(tl.int64) * tokens + own
+    matrix += tl.program_id(2).to(tl.int64) * columns * features
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    bits = mask_bits(token_keys(keys, t, live, 0, salt, False), f)
+    for side in tl.static_range(2):
+        inside = f < (features - half if side else half)
+        column = side * half + f
+        total = tl.zeros((BT, BF), tl.float32)
+        for start in range(0, columns, BC):
+            c = start + tl.arange(0, BC)
+            wanted = c < columns
+            code = tl.load(codes + t[:, None] * columns + c[None, :], mask=live[:, None] & wanted[None, :], other=0.0)
+            place = c[:, None] * features + column[None, :]
+            m = tl.load(matrix + place, mask=wanted[:, None] & inside[None, :], other=0.0)
+            total += tl.dot(code, m, input_precision=PRECISION)
+        both = live[:, None] & inside[None, :]
+        place = out + t[:, None] * o_token + column[None, :]
+        total = dropped_out(total * scale, bits, dropped, side)
+        total += tl.load(place, mask=both, other=0.0).to(tl.float32)
+        tl.store(place, total.to(out.dtype.element_ty), mask=both)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _outer(
+    codes, x, out, keys, tokens, features, half, columns, rank, blocks, x_token, m_split, m_group, m_expert, m_rank,
+    m_feature, share, scale, salt, dropped, DROP: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
+    BF: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    group = (tl.program_id(2) // blocks).to(tl.int64)
+    c = (tl.program_id(2) % blocks) * BC + tl.arange(0, BC)
+    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    wanted = c < columns
+    left, right = f < half, f < features - half
+    totals = tl.zeros((BC, BF), tl.float32)
+    right_totals = tl.zeros((BC, BF), tl.float32)
+    first = tl.program_id(1) * share
+    for base in range(first, tl.minimum(first + share, tokens), BT):
+        own = base + tl.arange(0, BT)
+        live = own < tokens
+        t = group * tokens + own
+        code = tl.load(codes + t[:, None] * columns + c[None, :], mask=live[:, None] & wanted[None, :], other=0.0)
+        code = tl.trans(code)
+        place = x + t[:, None] * x_token + f[None, :]
+        part = tl.load(place, mask=live[:, None] & left[None, :], other=0.0)
+        right_part = tl.load(place + half, mask=live[:, None] & right[None, :], other=0.0)
+        if DROP:
+            bits = mask_bits(token_keys(keys, t, live, 0, salt, False), f)
+            part = dropped_out(part, bits, dropped, 0)
+            right_part = dropped_out(right_part, bits, dropped, 1)
+        totals += tl.dot(code, part, input_precision=PRECISION)
+        right_totals += tl.dot(code, right_part, input_precision=PRECISION)
+    out += tl.program_id(1).to(tl.int64) * m_split + group * m_group
+    place = out + ((c // rank) * m_expert + (c % rank) * m_rank)[:, None] + f[None, :] * m_feature
+    tl.store(place, totals * scale, mask=wanted[:, None] & left[None, :])
+    tl.store(place + half * m_feature, right_totals * scale, mask=wanted[:, None] & right[None, :])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _rescale_grad(
+    grad, out, factor, scaled, sums, tokens, features, share, BT: tl.constexpr, BF: tl.constexpr
+):  # fmt: skip
+    group = tl.program_id(2).to(tl.int64)
+    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    inside = f < features
+    by = tl.load(factor + group * features + f, mask=inside, other=0.0)
+    total = tl.zeros((BF,), tl.float32)
+    first = tl.program_id(1) * share
+    for base in range(first, tl.minimum(first + share, tokens), BT):
+        own = base + tl.arange(0, BT)
+        both = (own < tokens)[:, None] & inside[None, :]
+        place = (group * tokens + own)[:, None] * features + f[None, :]
+        g = tl.load(grad + place, mask=both, other=0.0).to(tl.float32)
+        total += tl.sum(g * tl.load(out + place, mask=both, other=0.0).to(tl.float32), 0)
+        tl.store(scaled + place, (g * by[None, :]).to(scaled.dtype.element_ty), mask=both)
+    tl.store(sums + (tl.program_id(1) * tl.num_programs(2) + group) * features + f, total, mask=inside)
+
+
+def precision(x: Tensor) -> str:
+    """Return how kernels multiply: float32 in full."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def columns_block(columns: int) -> int:
+    """Return how many columns a kernel takes at a time."""
+    return min(128, max(16, triton.next_power_of_2(columns)))
+
+
+def half_of(features: int) -> int:
+    """Return how many features the left half has."""
+    return (features + 1) // 2
+
+
+def _shares(work: int, block: int, programs: int) -> tuple[int, int]:
+    """Return (parts, length of each) of `work`, a multiple of `block`, for about PROGRAMS programs in all."""
+    blocks = triton.cdiv(work, block)
+    parts = max(1, min(PROGRAMS // max(programs, 1), blocks // 4))
+    share = triton.cdiv(blocks, parts) * block
+    return triton.cdiv(work, share), share
+
+
+def narrow(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return A of every adapter, [r, F] or [E, r, F], as [G, R, F] of the dtype that products run in."""
+    return _together([a.detach().flatten(0, -2) for a in stack]).to(dtype).contiguous()
+
+
+def wide(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return B of every adapter, [F, r] or [E, F, r], as [G, R, F] of the dtype that products run in."""
+    turned = [b.detach().transpose(-1, -2).flatten(0, -2) for b in stack]
+    return _together(turned).to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+def _together(stack: Sequence[Tensor]) -> Tensor:
+    return stack[0][None] if len(stack) == 1 else torch.stack(list(stack))
+
+
+def product(x: Tensor, matrices: Tensor) -> Tensor:
+    """Return x M [N, R] of each adapter's tokens, from x [N, F] and M [G, F, R]."""
+    if len(matrices) == 1:
+        return x @ matrices[0]
+    return torch.bmm(x.unflatten(0, (len(matrices), -1)), matrices).flatten(0, 1)
+
+
+def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """Return d(x) [N, F], x with rows of unit stride."""
+    if dropout is None or not len(x):
+        return x
+    tokens, features = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _dropout[(triton.cdiv(tokens, 16), triton.cdiv(half_of(features), 128))](
+        x, out, dropout.keys, tokens, features, half_of(features), x.stride(0), dropout.salt, dropout.dropped, BT=16,
+        BF=128,
+    )  # fmt: skip
+    return out
+
+
+def add_up(out: Tensor, codes: Tensor, matrices: Tensor, scale: float, dropout: Dropout | None = None) -> None:
+    """Add s d(c M) to `out` [N, F], from codes c [N, R] and M [G, R, F]."""
+    groups, columns, features = matrices.shape
+    if dropout is None:
+        if groups == 1:
+            out.addmm_(codes, matrices[0], alpha=scale)
+        else:
+            apart = (groups, -1)
+            out.unflatten(0, apart).baddbmm_(codes.unflatten(0, apart), matrices, alpha=scale)
+    elif len(out):
+        tokens, half = len(out) // groups, half_of(features)
+        _up[(triton.cdiv(tokens, 64), triton.cdiv(half, 64), groups)](
+            codes.contiguous(), matrices, out, dropout.keys, tokens, features, half, columns, out.stride(0), scale,
+            dropout.salt, dropout.dropped, PRECISION=precision(codes), BT=64, BF=64, BC=columns_block(columns),
+        )  # fmt: skip
+
+
+def gradients_of_a(codes: Tensor, x: Tensor, stack: Sequence[Tensor], dropout: Dropout | None = None) -> list[Tensor]:
+    """Return c^T d(x) in the shape of each A ([E,] r, F), float32, from codes [N, R] and x [N, F]."""
+    like = stack[0]
+    return _outer_of(codes, x, like, like.reshape(-1, *like.shape[-2:]), len(stack), 1.0, dropout)
+
+
+def gradients_of_b(codes: Tensor, grad: Tensor, stack: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """Return s g^T c in the shape of each B ([E,] F, r), float32, from codes [N, R] and gradients g [N, F]."""
+    like = stack[0]
+    view = like.reshape(-1, *like.shape[-2:]).transpose(1, 2)
+    return _outer_of(codes, grad, like, view, len(stack), scale, None)
+
+
+def _outer_of(
+    codes: Tensor, x: Tensor, like: Tensor, view: Tensor, groups: int, scale: float, dropout: Dropout | None
+) -> list[Tensor]:
+    """Return s c^T d(x) of each adapter, laid out as `like`, of which `view` is [E, r, F]."""
+    experts, rank, features = view.shape
+    columns, tokens, half = experts * rank, len(x) // groups, half_of(features)
+    block = columns_block(columns)
+    blocks = triton.cdiv(columns, block)
+    tiles = triton.cdiv(half, 64)
+    parts, share = _shares(max(tokens, 1), 64, tiles * blocks * groups)
+    partial = x.new_empty((parts, groups, *like.shape), dtype=torch.float32)
+    _outer[(tiles, parts, blocks * groups)](
+        codes.contiguous(), x, partial, x if dropout is None else dropout.keys, tokens, features, half, columns, rank,
+        blocks, x.stride(0), groups * like.numel(), like.numel(), *view.stride(), share, scale,
+        **mask_settings(dropout), PRECISION=precision(x), BT=64, BF=64, BC=block, num_warps=8,
+    )  # fmt: skip
+    return list((partial[0] if parts == 1 else partial.sum(0)).unbind(0))
+
+
+def rescale_grad(grad: Tensor, out: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return f g [N, F] and the gradient of factors f [G, F], float32, from gradients g and what f scaled, both [N, F].
+
+    One pass over both, whose sums have one order.
+    """
+    groups, features = factors.shape
+    tokens = len(grad) // groups
+    tiles = triton.cdiv(features, 128)
+    parts, share = _shares(max(tokens, 1), 32, tiles * groups)
+    scaled = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    sums = factors.new_empty((parts, groups, features), dtype=torch.float32)
+    _rescale_grad[(tiles, parts, groups)](grad, out, factors, scaled, sums, tokens, features, share, BT=32, BF=128)
+    return scaled, sums.sum(0)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """Return x with features side by side in memory, as kernels read them; some families transpose before a layer."""
+    return x if x.stride(-1) == 1 else x.contiguous()
