@@ -111,8 +111,19 @@ def write(
     said = {"format": "pt", _HEAD_TASK: head_task, _ARCHITECTURE: architecture}
     about = {key: value for key, value in said.items() if value is not None}
     save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS, about)
+    _put_in_order(folder / TENSORS)
     shutil.copymode(folder / CONFIG, folder / TENSORS)  # safetensors closes its files to everyone but their owner
     card.write_for_adapter(folder, name, method, base_model, making, head_name(method) in tensors)
+
+
+def _put_in_order(file: Path) -> None:
+    """Sort what a safetensors file says of itself, which comes in any order: one adapter, one sequence of bytes."""
+    with file.open("r+b") as content:
+        size = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content.seek(8)
+        content.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def read(folder: Path, allow_pickle: bool) -> tuple[Method, dict[str, Tensor], str | None]:

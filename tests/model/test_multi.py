@@ -326,6 +326,17 @@ class TestFiles:
         model.save_adapter("a", tmp_path / "a")
         self.refused(tmp_path / "a", "on tiny-llama, a llama model; tiny-.* is a", family=family)
 
+    def test_r3_an_adapter_is_one_sequence_of_bytes(self, tmp_path: Path) -> None:
+        model = multi()
+        model.add_adapter("a", {"r": 2}, num_labels=3)
+        model.adapter_module("a").head_task = "glue:\N{EURO SIGN}"
+        written = set()
+        for number in range(20):
+            model.save_adapter("a", tmp_path / str(number))
+            written.add((tmp_path / str(number) / files.TENSORS).read_bytes())
+        assert len(written) == 1
+        assert multi().load_adapter(tmp_path / "0", "b") and files.head_task(tmp_path / "0") == "glue:\N{EURO SIGN}"
+
     def test_r16_another_name_alone_is_a_warning(self, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
         model = multi()
         model.load_adapter(saved, "a")
