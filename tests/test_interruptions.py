@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from mlora.config import RunOptions
+from mlora.runs.folder import alone
 from mlora.runs.program import main
 from mlora.training.checkpoint import damage
 from tests.test_program import MIXTURE, ROOT, adapter, base, here, launch, losses, write_config  # noqa: F401
@@ -144,6 +146,56 @@ def test_r8_a_damaged_best_state_is_said_when_resuming(
     assert main(RunOptions(str(base), dir="out", resume=True)) == 0
     assert "best is damaged (adapter_model.safetensors)" in capsys.readouterr().err
     assert not damage(file.parent), "the best state from there on is kept"
+
+
+def test_two_runs_do_not_write_to_one_folder(here: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    write_config(adapter("a", num_epochs=1))
+    with alone("out"):
+        for settings in ({}, {"resume": True}, {"overwrite": True}):
+            assert main(RunOptions(str(base), dir="out", **settings)) == 2
+            assert "out: another run writes here" in capsys.readouterr().err
+        assert [p.name for p in Path("out").iterdir()] == ["log.txt"]
+        assert main(RunOptions(str(base), dir="out", dry_run=True)) == 0
+        assert main(RunOptions(str(base), dir="elsewhere")) == 0
+    assert main(RunOptions(str(base), dir="out")) == 0
+    assert not list(Path("out").glob("**/.*"))
+
+
+def test_two_runs_started_at_once_leave_one(here: Path, base: Path) -> None:  # noqa: F811
+    write_config(adapter("a"))
+    children = [Forked(RunOptions(str(base), dir="out")) for _ in range(2)]
+    statuses = []
+    for child in children:
+        while (status := child.poll()) is None:
+            time.sleep(0.01)
+        statuses.append(status)
+    assert sorted(statuses) == [0, 2], Path("shown.txt").read_text()
+    assert len(losses(here / "out")["a"]) == 6
+
+
+SPOILT = b'5\n[]\nnull\n{}\n{"a": 1}\n{"adapter": "a", "step": "x"}\n\xff\xfe\n{"adapter": "a", "st'
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "router.jsonl"])
+def test_lines_that_a_crash_or_a_disk_has_spoilt_stop_nothing(
+    here: Path,
+    base: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+) -> None:
+    write_config(adapter("a", num_epochs=4, **MIXTURE), save_step=2)
+    with signal_at("mlora.training.job.Job.share", 9):
+        assert main(RunOptions(str(base), dir="out")) == 130
+    shutil.copytree("out", "stopped")
+    assert main(RunOptions(str(base), dir="out", resume=True)) == 0
+    whole = (here / "out" / file).read_text()
+    for way in ("resume", "evaluate", "overwrite"):
+        shutil.copytree("stopped" if way == "resume" else "out", way)
+        with (here / way / file).open("ab") as lines:
+            lines.write(SPOILT)
+        assert main(RunOptions(str(base), dir=way, **{way: True})) == 0, (way, capsys.readouterr().err)
+        if way == "resume" and file == "router.jsonl":
+            assert (here / way / file).read_text() == whole
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["SIGHUP", "SIGINT"])

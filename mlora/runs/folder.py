@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import math
 import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +25,35 @@ from mlora.tracking import Trackers
 
 PACKAGES = ("mlora", "torch", "transformers", "datasets", "accelerate", "safetensors", "bitsandbytes", "peft")
 
+log = logging.getLogger(__name__)
+
 EVALUATION = ("task", "protocol", "metric", "value", "standard_error", "n")
 """What metrics.jsonl holds of a result that was measured during training."""
+
+
+@contextmanager
+def alone(path: str) -> Iterator[None]:
+    """Keep other runs from writing to a folder within this block; the lock ends with the process and is no file.
+
+    Raises:
+        ConfigError: another run holds it, or the folder cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise _refusal(path, f"cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise _refusal(path, "another run writes here; wait for its end, or --dir DIR writes elsewhere") from error
+    except OSError as error:  # a file system of another machine that knows no locks
+        log.debug("%s: cannot be locked: %s", path, error)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 class RunFolder:
@@ -119,7 +149,7 @@ class RunFolder:
         for file in (self.metrics, self.router):
             if not file.exists():
                 continue
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if not _is_later(line, adapter, after, examined)]
             if len(kept) < len(lines):
                 write_atomically(file, "".join(kept))
@@ -156,8 +186,12 @@ class RunFolder:
         task, asked = outcome.questions.task, outcome.examination
         entry = {"adapter": asked.adapter, "step": None, "split": asked.split, "task": task.name}
         entry |= {"protocol": task.protocol}
-        lines = self.router.read_text(encoding="utf-8").splitlines(keepends=True) if self.router.exists() else []
-        kept = [line for line in lines if not entry.items() <= json.loads(line).items()]
+        lines = (
+            self.router.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            if self.router.exists()
+            else []
+        )
+        kept = [line for line in lines if (told := _entry(line)) is not None and not entry.items() <= told.items()]
         whole = entry | {"tokens": profile.tokens, "layers": profile.layers()}
         write_atomically(self.router, "".join([*kept, json.dumps(whole) + "\n"]))
 
@@ -183,7 +217,7 @@ class RunFolder:
         except ValueError:
             found = None
         if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-            raise _refusal(str(self.results), "exists already and holds no results of runs; --dir DIR writes elsewhere")
+            raise _refusal(str(self.results), "holds no results of runs; move it away, or --dir DIR writes elsewhere")
         return found
 
     def add_result(self, result: dict[str, Any]) -> None:
@@ -219,11 +253,20 @@ def _append(file: Path, entry: dict[str, Any]) -> None:
         lines.write(json.dumps(entry) + "\n")
 
 
-def _is_later(line: str, adapter: str, step: int, examined: bool) -> bool:
-    """Whether a line is of a later step of the adapter, or broken off by a crash; step null is after the last."""
+def _entry(line: str) -> dict[str, Any] | None:
+    """Return what a line of metrics.jsonl or router.jsonl tells; None where it is damaged, by a crash say."""
     try:
         entry = json.loads(line)
     except ValueError:
+        return None
+    whole = isinstance(entry, dict) and "adapter" in entry and isinstance(entry.get("step", ""), int | None)
+    return entry if whole else None
+
+
+def _is_later(line: str, adapter: str, step: int, examined: bool) -> bool:
+    """Whether a line is of a later step of the adapter, or damaged; step null is after the last."""
+    entry = _entry(line)
+    if entry is None:
         return True
     if entry["adapter"] != adapter:
         return False

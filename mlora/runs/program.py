@@ -6,13 +6,14 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
 from mlora.config import ConfigError, Problem, RunOptions
 from mlora.data import DataError
 from mlora.model.errors import ModelError
-from mlora.runs.folder import log_path
+from mlora.runs.folder import alone, log_path
 from mlora.runs.run import Run, RunError
 from mlora.tasks import UnknownTaskError
 from mlora.training.checkpoint import CheckpointError
@@ -57,7 +58,8 @@ def finish(work: Callable[[], None], options: Told) -> int:
     """
     try:
         logs = _log_to(options)
-        with interruptible():
+        reads_only = getattr(options, "dry_run", False) or getattr(options, "inference", False)
+        with interruptible(), nullcontext() if reads_only else alone(options.dir):
             work()
         return 0
     except BAD_INPUT as error:
