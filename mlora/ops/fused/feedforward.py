@@ -1,8 +1,9 @@
 """A gated feed-forward block and the updates of all adapters in it, as one differentiable operation.
 
 The frozen products W1 x, W3 x and W2 h run once over the tokens of all adapters, and their gradients are summed in
-place. What lies between them runs in one pass over W1 x and W3 x each way (`middle.py`), for adapters of one form at
-once (`groups.py`).
+place. What lies between them runs in one pass each way (`gated.py`), for adapters of one form at once (`groups.py`).
+Narrow products run over the columns of all experts, zero for those not chosen: with E r near 128 they cost what one
+expert's would, which no kernel that sorted tokens by expert could beat (benchmarks/RESULTS.md).
 
 Shapes: n tokens, D hidden, I intermediate, E experts, k experts of a token, r rank; N = G n tokens of a group.
 """
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from mlora.ops.dora import frozen_weight
+from mlora.ops.fused.gated import Middle, gated, gated_grad
 from mlora.ops.fused.groups import dropout_form, form_of, grouped, joined, joined_dropout
 from mlora.ops.fused.masks import Dropout, dropout_of
-from mlora.ops.fused.middle import Choices, Narrow, middle, middle_grad
 from mlora.ops.fused.products import (
+    Addend,
+    add_dropped,
     add_up,
     drop,
+    frozen_product,
     gradients_of_a,
     gradients_of_b,
     narrow,
@@ -80,13 +84,49 @@ class _Group(NamedTuple):
     dropouts: tuple[Dropout | None, ...]
 
 
-class _Stacks(NamedTuple):
-    """The tensors of a group: A and B of each part, and the choices of all its tokens; None for what it has not."""
+class _Pair(NamedTuple):
+    """A and B of every part of a group, at one layer."""
 
-    gate: tuple[list[Tensor], list[Tensor]] | None
-    up: tuple[list[Tensor], list[Tensor]] | None
-    down: tuple[list[Tensor], list[Tensor]] | None
-    choices: Choices | None
+    a: list[Tensor]
+    b: list[Tensor]
+
+
+class _Stacks(NamedTuple):
+    """The tensors of a group; None for what it has not.
+
+    Attributes:
+        gate, up, down: of its layers.
+        weights, experts: [N, k] of all its tokens.
+        chosen: [G, k, n, E] bool, whether an expert is a token's j-th choice.
+    """
+
+    gate: _Pair | None
+    up: _Pair | None
+    down: _Pair | None
+    weights: Tensor | None
+    experts: Tensor | None
+    chosen: Tensor | None
+
+    def apart(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """Return whose updates are part of g_1 and of g_2 - g_1, factors [N, E]; [None] for one expert for all."""
+        if self.chosen is None:
+            return [None]
+        first, *more = (chosen.flatten(0, 1).to(dtype) for chosen in self.chosen.unbind(1))
+        return [first, *(other - first for other in more)]
+
+
+class _First(NamedTuple):
+    """A group's update of the gate or the up projection.
+
+    Attributes:
+        codes: A d(x) [N, E r].
+        addends: to the layer's output, for the first choice.
+        more: what the second choice has more [N, I]; None where there is no second.
+    """
+
+    codes: Tensor | None
+    addends: list[Addend]
+    more: Tensor | None
 
 
 class _Kept(NamedTuple):
@@ -94,11 +134,14 @@ class _Kept(NamedTuple):
 
     Attributes:
         gate_codes, up_codes: A1 d(x) and A3 d(x) [N, E r].
+        gate_more, up_more: what the second choice has more [N, I].
         down_codes: sum_j w_j A2 d(h_j) [N, E r].
     """
 
     gate_codes: Tensor | None
     up_codes: Tensor | None
+    gate_more: Tensor | None
+    up_more: Tensor | None
     down_codes: Tensor | None
 
 
@@ -108,21 +151,28 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: Sequence[nn.Module], parts: Sequence[Part], *tensors: Any) -> Tensor:
         owned = _owned(tensors)
-        gate, up = layers[0](x), layers[1](x)
-        hidden = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         groups = list(_groups(parts, owned))
-        every = []
-        for group in groups:
-            t = group.tokens
-            every.append(_forward(group, _stacked(group, owned), x[t], gate[t], up[t], hidden[t]))
-        out = layers[2](hidden)
-        for group, kept in zip(groups, every, strict=True):
-            down = _stacked(group, owned).down
-            if down is not None and kept.down_codes is not None:
-                add_up(out[group.tokens], kept.down_codes, wide(down[1], x.dtype), group.form.scaling)
+        stacks = [_stacked(group, owned) for group in groups]
+        pairs = list(zip(groups, stacks, strict=True))
+        gates = [_first(group, own, own.gate, x, group.dropouts[0]) for group, own in pairs]
+        ups = [_first(group, own, own.up, x, group.dropouts[1]) for group, own in pairs]
+        gate, up = (
+            frozen_product(layer, x, [addend for first in firsts for addend in first.addends])
+            for layer, firsts in zip(layers, (gates, ups), strict=False)
+        )
+        hidden = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        every, addends = [], []
+        for (group, own), first, second in zip(pairs, gates, ups, strict=True):
+            kept = gated(_middle(group, own, gate, up, first.more, second.more), hidden[group.tokens])
+            codes = None
+            if own.down is not None and kept is not None:
+                of_choices = product(kept.view(-1, kept.shape[-1]), narrow(own.down.a, x.dtype).mT)
+                codes = _chosen_sum(of_choices, own)
+                addends.append(Addend(group.tokens, codes, wide(own.down.b, x.dtype), group.form.scaling))
+            every.append(_Kept(first.codes, second.codes, first.more, second.more, codes))
         ctx.layers, ctx.groups = layers, groups
         ctx.save_for_backward(x, gate, up, *(tensor for kept in every for tensor in kept), *tensors)
-        return out
+        return frozen_product(layers[2], hidden, addends)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,130 +187,142 @@ class _FeedForward(torch.autograd.Function):
         gradients: list[Tensor | None] = []
         codes = []
         for group, kept in zip(ctx.groups, every, strict=True):
-            t, stacks = group.tokens, _stacked(group, owned)
-            grads, of_codes = _backward(
-                group, stacks, kept, x[t], gate[t], up[t], grad[t], hidden_grad[t], gate_grad[t], up_grad[t]
-            )
-            gradients += grads
-            codes.append(of_codes)
+            own, t = _stacked(group, owned), group.tokens
+            middle = _middle(group, own, gate, up, kept.gate_more, kept.up_more)
+            down_grad, of_down_b = _of_down(group, own, kept.down_codes, grad[t])
+            alone = None if down_grad is None else _alone(down_grad, own)
+            by_updates = None
+            if alone is not None and own.down is not None:
+                by_updates = product(alone, narrow(own.down.a, grad.dtype)).view(middle.shape)
+            found = gated_grad(middle, hidden_grad[t], by_updates, gate_grad[t], up_grad[t])
+            of_down_a = _none(group)
+            if alone is not None and own.down is not None and found.kept is not None:
+                of_down_a = gradients_of_a(_weighted(alone, own), found.kept.view(-1, found.kept.shape[-1]), own.down.a)
+            of_gate = _of_first(group, own, own.gate, x[t], kept.gate_codes, gate_grad[t], found.gate_more, 0)
+            of_up = _of_first(group, own, own.up, x[t], kept.up_codes, up_grad[t], found.up_more, 1)
+            of_weights = _none(group) if found.weights is None else found.weights.chunk(_count(group))
+            each = of_gate.a, of_gate.b, of_up.a, of_up.b, of_down_a, of_down_b, of_weights, _none(group)
+            gradients += [tensor for part in zip(*each, strict=True) for tensor in part]
+            codes.append((of_gate.codes, of_up.codes))
         if not ctx.needs_input_grad[0]:
             return None, None, None, *gradients
         dx = (gate_grad @ first).addmm_(up_grad, second)
         for group, of_codes in zip(ctx.groups, codes, strict=True):
-            stacks = _stacked(group, owned)
-            for stack, code, dropout in zip((stacks.gate, stacks.up), of_codes, group.dropouts[:2], strict=True):
-                if stack is not None and code is not None:
-                    add_up(dx[group.tokens], code, narrow(stack[0], dx.dtype), 1.0, dropout)
+            own = _stacked(group, owned)
+            updates = [
+                (code, narrow(pair.a, dx.dtype), dropout)
+                for pair, code, dropout in zip((own.gate, own.up), of_codes, group.dropouts, strict=False)
+                if pair is not None and code is not None
+            ]
+            here = dx[group.tokens]
+            if any(dropout is not None for *_, dropout in updates):
+                products = [product(code, a) for code, a, _ in updates]
+                add_dropped(here, products, [dropout for *_, dropout in updates])
+            else:
+                for code, a, _ in updates:
+                    add_up(here, code, a)
         return dx, None, None, *gradients
 
 
-def _forward(group: _Group, stacks: _Stacks, x: Tensor, gate: Tensor, up: Tensor, hidden: Tensor) -> _Kept:
-    """Write the hidden units of one group."""
-    form, count = group.form, _count(group)
-    gate_codes, up_codes = (
-        None if stack is None else product(drop(x, dropout), narrow(stack[0], x.dtype).mT)
-        for stack, dropout in zip((stacks.gate, stacks.up), group.dropouts[:2], strict=True)
-    )
-    updates = _narrow(gate_codes, stacks.gate, 1), _narrow(up_codes, stacks.up, 1)
-    kept = middle(
-        gate, up, hidden, updates, stacks.choices, count, form.scaling, form.activation, group.dropouts[2],
-        stacks.down is not None,
+def _first(group: _Group, own: _Stacks, pair: _Pair | None, x: Tensor, dropout: Dropout | None) -> _First:
+    if pair is None:
+        return _First(None, [], None)
+    t, scaling = group.tokens, group.form.scaling
+    codes = product(drop(x[t], dropout), narrow(pair.a, x.dtype).mT)
+    matrices = wide(pair.b, x.dtype)
+    first, *rest = (_of_experts(codes, factors) for factors in own.apart(x.dtype))
+    more = None
+    for other in rest:
+        more = codes.new_empty((len(codes), matrices.shape[-1]))
+        add_up(more, other, matrices, scaling, beta=0.0)
+    return _First(codes, [Addend(t, first, matrices, scaling)], more)
+
+
+class _OfFirst(NamedTuple):
+    """Gradients of a group's update of a first layer: of its codes [N, E r], of each A and of each B."""
+
+    codes: Tensor | None
+    a: Sequence[Tensor | None]
+    b: Sequence[Tensor | None]
+
+
+def _of_first(
+    group: _Group, own: _Stacks, pair: _Pair | None, x: Tensor, codes: Tensor | None, grad: Tensor,
+    more_grad: Tensor | None, layer: int,
+) -> _OfFirst:  # fmt: skip
+    """Return the gradients of an update, from those of g_1 and g_2 - g_1 [N, I]."""
+    if pair is None or codes is None:
+        return _OfFirst(None, _none(group), _none(group))
+    scaling, matrices = group.form.scaling, wide(pair.b, grad.dtype).mT
+    grads = [grad] if more_grad is None else [grad, more_grad]
+    terms = list(zip(grads, own.apart(grad.dtype), strict=True))
+    first, *rest = (_of_experts(product(own_grad, matrices), factors) for own_grad, factors in terms)
+    of_codes = sum(rest, first) * scaling
+    of_b = [gradients_of_b(_of_experts(codes, factors), own_grad, pair.b, scaling) for own_grad, factors in terms]
+    summed = [sum(each) for each in zip(*of_b, strict=True)] if len(of_b) > 1 else of_b[0]
+    return _OfFirst(of_codes, gradients_of_a(of_codes, x, pair.a, group.dropouts[layer]), summed)
+
+
+def _of_down(
+    group: _Group, own: _Stacks, codes: Tensor | None, grad: Tensor
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    """Return the gradients of codes d(h_j) A2, all experts' [N, E r], and of each B2."""
+    if own.down is None or codes is None:
+        return None, _none(group)
+    down_grad = product(grad, wide(own.down.b, grad.dtype).mT) * group.form.scaling
+    return down_grad, gradients_of_b(codes, grad, own.down.b, group.form.scaling)
+
+
+def _middle(
+    group: _Group, own: _Stacks, gate: Tensor, up: Tensor, gate_more: Tensor | None, up_more: Tensor | None
+) -> Middle:
+    t = group.tokens
+    return Middle(
+        gate[t], up[t], gate_more, up_more, own.weights, own.experts, _count(group), group.form.activation,
+        group.dropouts[2], own.down is not None,
     )  # fmt: skip
-    down_codes = None
-    if stacks.down is not None and kept is not None:
-        of_choices = product(kept.view(-1, kept.shape[-1]), narrow(stacks.down[0], x.dtype).mT)
-        weights = None if stacks.choices is None else stacks.choices.weights
-        down_codes = _chosen_sum(of_choices, _masks(group, stacks), weights)
-    return _Kept(gate_codes, up_codes, down_codes)
 
 
-def _backward(
-    group: _Group, stacks: _Stacks, kept: _Kept, x: Tensor, gate: Tensor, up: Tensor, grad: Tensor,
-    hidden_grad: Tensor, gate_grad: Tensor, up_grad: Tensor,
-) -> tuple[list[Tensor | None], tuple[Tensor | None, Tensor | None]]:  # fmt: skip
-    """Write the gradients of G and U; return those of every part's `Own` and of the gate and up codes [N, E r]."""
-    form, masks, count = group.form, _masks(group, stacks), _count(group)
-    down, down_grad = stacks.down, None
-    of_down_a: Sequence[Tensor | None] = _none(count)
-    of_down_b: Sequence[Tensor | None] = _none(count)
-    if down is not None and kept.down_codes is not None:
-        of_down_b = gradients_of_b(kept.down_codes, grad, down[1], form.scaling)
-        down_grad = product(grad, wide(down[1], grad.dtype).mT) * form.scaling
-    updates = (
-        _narrow(kept.gate_codes, stacks.gate, 1),
-        _narrow(kept.up_codes, stacks.up, 1),
-        _narrow(down_grad, down, 0),
-    )
-    gates, ups, hidden, of_weights = middle_grad(
-        gate, up, hidden_grad, gate_grad, up_grad, updates, stacks.choices, count, form.scaling, form.activation,
-        group.dropouts[2],
-    )  # fmt: skip
-    if down is not None and down_grad is not None and hidden is not None:
-        weights = None if stacks.choices is None else stacks.choices.weights
-        alone = _alone(down_grad, masks, weights)
-        of_down_a = gradients_of_a(alone, hidden.view(-1, hidden.shape[-1]), down[0])
-    gate_codes, *of_gate = _of_update(gates, x, kept.gate_codes, stacks.gate, masks, group, 0)
-    up_codes, *of_up = _of_update(ups, x, kept.up_codes, stacks.up, masks, group, 1)
-    split = _none(count) if of_weights is None else of_weights.chunk(count)
-    every = zip(*of_gate, *of_up, of_down_a, of_down_b, split, _none(count), strict=True)
-    return [tensor for part in every for tensor in part], (gate_codes, up_codes)
+def _none(group: _Group) -> Sequence[Tensor | None]:
+    return [None] * _count(group)
 
 
-def _of_update(
-    grads: Tensor, x: Tensor, codes: Tensor | None, stack: tuple[list[Tensor], list[Tensor]] | None,
-    masks: Tensor | None, group: _Group, layer: int,
-) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:  # fmt: skip
-    """Return the gradients of codes [N, E r], of each A and of each B, from those of g_j or u_j [G, k, n, I]."""
-    if codes is None or stack is None:
-        return None, _none(_count(group)), _none(_count(group))
-    flat, scaling = grads.view(-1, grads.shape[-1]), group.form.scaling
-    own = _chosen_sum(product(flat, wide(stack[1], grads.dtype).mT), masks, None) * scaling
-    of_b = gradients_of_b(_alone(codes, masks, None), flat, stack[1], scaling)
-    return own, gradients_of_a(own, x, stack[0], group.dropouts[layer]), of_b
-
-
-def _none(count: int) -> Sequence[None]:
-    return [None] * count
-
-
-def _narrow(codes: Tensor | None, stack: tuple[list[Tensor], list[Tensor]] | None, which: int) -> Narrow | None:
-    """Return what the middle reads of a layer: codes and B, or (0) their gradients and A."""
-    if codes is None or stack is None:
-        return None
-    return Narrow(codes, (narrow, wide)[which](stack[which], codes.dtype))
-
-
-def _masks(group: _Group, stacks: _Stacks) -> Tensor | None:
-    """Return [G, k, n, E], whether an expert is a token's j-th choice; None where there is one expert for all."""
-    if stacks.choices is None:
-        return None
-    experts = stacks.choices.experts.unflatten(0, (_count(group), -1)).transpose(1, 2)
-    return experts[..., None] == torch.arange(group.form.num_experts, device=experts.device)
-
-
-def _alone(codes: Tensor, masks: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Return codes [G k n, E r], zero but for each choice's expert, times its weight, from [N, E r]."""
-    if masks is None:
+def _of_experts(codes: Tensor, factors: Tensor | None) -> Tensor:
+    """Return codes [N, E r] times the factors [N, E] of their experts."""
+    if factors is None:
         return codes
-    groups, _, _, experts = masks.shape
+    return (codes.unflatten(1, (factors.shape[1], -1)) * factors[..., None]).flatten(1)
+
+
+def _alone(codes: Tensor, own: _Stacks) -> Tensor:
+    """Return codes [G k n, E r], zero but for each choice's expert, from [N, E r]."""
+    if own.chosen is None:
+        return codes
+    groups, _, _, experts = own.chosen.shape
     apart = codes.unflatten(1, (experts, -1)).unflatten(0, (groups, 1, -1))
-    return (apart * _factors(masks, weights, codes.dtype)).flatten(3).flatten(0, 2)
+    return (apart * own.chosen[..., None]).flatten(3).flatten(0, 2)
 
 
-def _chosen_sum(codes: Tensor, masks: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Return sum_j w_j of codes [G k n, E r], of each choice's expert alone: [N, E r]."""
-    if masks is None:
+def _weighted(codes: Tensor, own: _Stacks) -> Tensor:
+    """Return codes [G k n, E r] times the weights of the choices."""
+    if own.weights is None or own.chosen is None:
         return codes
-    groups, k, _, experts = masks.shape
+    return codes * _by_choice(own.weights, own.chosen).flatten()[:, None].to(codes.dtype)
+
+
+def _chosen_sum(codes: Tensor, own: _Stacks) -> Tensor:
+    """Return sum_j w_j of codes [G k n, E r], of each choice's expert alone: [N, E r]."""
+    if own.weights is None or own.chosen is None:
+        return codes
+    groups, k, _, experts = own.chosen.shape
+    factors = own.chosen * _by_choice(own.weights, own.chosen)[..., None]
     apart = codes.unflatten(1, (experts, -1)).unflatten(0, (groups, k, -1))
-    return (apart * _factors(masks, weights, codes.dtype)).sum(1).flatten(2).flatten(0, 1)
+    return (apart * factors[..., None].to(codes.dtype)).sum(1).flatten(2).flatten(0, 1)
 
 
-def _factors(masks: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return masks [G, k, n, E, 1], times the choices' weights [N, k]."""
-    if weights is not None:
-        masks = masks * weights.unflatten(0, (len(masks), -1)).transpose(1, 2)[..., None]
-    return masks[..., None].to(dtype)
+def _by_choice(weights: Tensor, chosen: Tensor) -> Tensor:
+    """Return weights [G, k, n], from [N, k]."""
+    return weights.unflatten(0, (len(chosen), -1)).transpose(1, 2)
 
 
 def _owned(tensors: Sequence[Any]) -> list[Own]:
@@ -286,14 +348,18 @@ def _groups(parts: Sequence[Part], owned: Sequence[Own]) -> Iterator[_Group]:
 
 
 def _stacked(group: _Group, owned: Sequence[Own]) -> _Stacks:
-    own = owned[group.members]
-    columns: list[Any] = [None if tensors[0] is None else list(tensors) for tensors in zip(*own, strict=True)]
+    columns: list[Any] = [
+        None if tensors[0] is None else list(tensors) for tensors in zip(*owned[group.members], strict=True)
+    ]
     gate, up, down = (
-        None if a is None or b is None else (a, b) for a, b in zip(columns[:6:2], columns[1:6:2], strict=True)
+        None if a is None or b is None else _Pair(a, b) for a, b in zip(columns[:6:2], columns[1:6:2], strict=True)
     )
-    weights, experts = columns[6:]
-    choices = None if weights is None else Choices(joined(weights), joined(experts), group.form.rank)
-    return _Stacks(gate, up, down, choices)
+    if columns[6] is None:
+        return _Stacks(gate, up, down, None, None, None)
+    weights, experts = joined(columns[6]), joined(columns[7])
+    by_choice = experts.unflatten(0, (_count(group), -1)).transpose(1, 2)
+    chosen = by_choice[..., None] == torch.arange(group.form.num_experts, device=experts.device)
+    return _Stacks(gate, up, down, weights, experts, chosen)
 
 
 def _count(group: _Group) -> int:

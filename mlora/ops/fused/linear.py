@@ -19,8 +19,11 @@ from mlora.ops.dora import frozen_weight
 from mlora.ops.fused.groups import dropout_form, form_of, grouped, joined, joined_dropout
 from mlora.ops.fused.masks import Dropout
 from mlora.ops.fused.products import (
+    Addend,
+    add_dropped,
     add_up,
     drop,
+    frozen_product,
     gradients_of_a,
     gradients_of_b,
     narrow,
@@ -76,14 +79,15 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Module, parts: Sequence[Part], *tensors: Any) -> Tensor:
         owned = _owned(tensors)
-        out = layer(x)
         groups = list(_groups(parts, owned))
-        every = []
+        every, addends = [], []
         for group in groups:
             own = owned[group.members]
             codes = product(drop(x[group.tokens], group.dropout), narrow([t.a for t in own], x.dtype).mT)
-            add_up(out[group.tokens], _weighted(codes, own), wide([t.b for t in own], x.dtype), group.scaling)
             every.append(codes)
+            matrices = wide([t.b for t in own], x.dtype)
+            addends.append(Addend(group.tokens, _weighted(codes, own), matrices, group.scaling))
+        out = frozen_product(layer, x, addends)
         out, unscaled = _rescaled(out, groups, owned, cast("Tensor | None", layer.bias))
         ctx.layer, ctx.groups = layer, groups
         ctx.save_for_backward(x, *every, *unscaled, *tensors)
@@ -106,7 +110,11 @@ class _AdaptedLinear(torch.autograd.Function):
             of_b = gradients_of_b(_weighted(codes, own), here, stack_b, group.scaling)
             of_a = gradients_of_a(of_codes, x[group.tokens], stack_a, group.dropout)
             if dx is not None:
-                add_up(dx[group.tokens], of_codes, narrow(stack_a, grad.dtype), 1.0, group.dropout)
+                here, matrices = dx[group.tokens], narrow(stack_a, grad.dtype)
+                if group.dropout is None:
+                    add_up(here, of_codes, matrices)
+                else:
+                    add_dropped(here, [product(of_codes, matrices)], [group.dropout])
             for part in zip(of_a, of_b, of_weights, factors[group.members], strict=True):
                 gradients += part
         return dx, None, None, *gradients

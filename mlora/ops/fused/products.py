@@ -1,8 +1,8 @@
 """Low-rank products of G adapters at once. What cuBLAS does well it does; kernels do what needs a mask.
 
-    dropout  d(x)
-    up       y += s d(c M)         in place, onto what the frozen product has left
-    outer    M' = s c^T d(x)       in two passes, so that sums have one order; float32
+    dropout    d(x)
+    add        y += d(p)           in place, for one or two products p
+    outer      M' = s c^T d(x)     in two passes, so that sums have one order; float32
 
 The tokens of a group of G adapters follow one another, n for each, so that one launch serves all of them.
 
@@ -12,11 +12,12 @@ Shapes: N = G n tokens, F features, R = E * r columns of E stacked matrices of r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlora.ops.fused.masks import Dropout, dropped_out, mask_bits, mask_settings, token_keys
 
@@ -40,31 +41,28 @@ def _dropout(x, out, keys, tokens, features, half, x_token, salt, dropped, BT: t
         tl.store(out + t[:, None] * features + column[None, :], dropped_out(part, bits, dropped, side), mask=both)
 
 
-@triton.jit(do_not_specialize=VARYING)
-def _up(
-    codes, matrix, out, keys, tokens, features, half, columns, o_token, scale, salt, dropped,
-    PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr,
+@triton.jit(do_not_specialize=[*VARYING, "other_salt"])
+def _add_dropped(
+    out, product, other, keys, tokens, features, half, o_token, salt, other_salt, dropped, TWO: tl.constexpr,
+    BT: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    own = tl.program_id(0) * BT + tl.arange(0, BT)
-    live = own < tokens
-    t = tl.program_id(2).to(tl.int64) * tokens + own
-    matrix += tl.program_id(2).to(tl.int64) * columns * features
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
+    live = t < tokens
     bits = mask_bits(token_keys(keys, t, live, 0, salt, False), f)
+    other_bits = bits
+    if TWO:
+        other_bits = mask_bits(token_keys(keys, t, live, 0, other_salt, False), f)
     for side in tl.static_range(2):
-        inside = f < (features - half if side else half)
+        both = live[:, None] & (f < (features - half if side else half))[None, :]
         column = side * half + f
-        total = tl.zeros((BT, BF), tl.float32)
-        for start in range(0, columns, BC):
-            c = start + tl.arange(0, BC)
-            wanted = c < columns
-            code = tl.load(codes + t[:, None] * columns + c[None, :], mask=live[:, None] & wanted[None, :], other=0.0)
-            place = c[:, None] * features + column[None, :]
-            m = tl.load(matrix + place, mask=wanted[:, None] & inside[None, :], other=0.0)
-            total += tl.dot(code, m, input_precision=PRECISION)
-        both = live[:, None] & inside[None, :]
+        source = t[:, None] * features + column[None, :]
+        part = tl.load(product + source, mask=both, other=0.0).to(tl.float32)
+        total = dropped_out(part, bits, dropped, side)
+        if TWO:
+            part = tl.load(other + source, mask=both, other=0.0).to(tl.float32)
+            total += dropped_out(part, other_bits, dropped, side)
         place = out + t[:, None] * o_token + column[None, :]
-        total = dropped_out(total * scale, bits, dropped, side)
         total += tl.load(place, mask=both, other=0.0).to(tl.float32)
         tl.store(place, total.to(out.dtype.element_ty), mask=both)
 
@@ -182,21 +180,63 @@ def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
     return out
 
 
-def add_up(out: Tensor, codes: Tensor, matrices: Tensor, scale: float, dropout: Dropout | None = None) -> None:
-    """Add s d(c M) to `out` [N, F], from codes c [N, R] and M [G, R, F]."""
-    groups, columns, features = matrices.shape
-    if dropout is None:
-        if groups == 1:
-            out.addmm_(codes, matrices[0], alpha=scale)
-        else:
-            apart = (groups, -1)
-            out.unflatten(0, apart).baddbmm_(codes.unflatten(0, apart), matrices, alpha=scale)
+def add_up(out: Tensor, codes: Tensor, matrices: Tensor, scale: float = 1.0, beta: float = 1.0) -> None:
+    """Write beta out + s c M to `out` [N, F], from codes c [N, R] and M [G, R, F]."""
+    if len(matrices) == 1:
+        torch.addmm(out, codes, matrices[0], beta=beta, alpha=scale, out=out)
+    else:
+        apart = (len(matrices), -1)
+        here = out.unflatten(0, apart)
+        torch.baddbmm(here, codes.unflatten(0, apart), matrices, beta=beta, alpha=scale, out=here)
+
+
+def add_dropped(out: Tensor, products: Sequence[Tensor], dropouts: Sequence[Dropout | None]) -> None:
+    """Add d(p) of one or two products p [N, F] to `out` [N, F], in one pass; the tokens' keys are the same."""
+    known = [dropout for dropout in dropouts if dropout is not None]
+    if not known:
+        for own in products:
+            out += own
     elif len(out):
-        tokens, half = len(out) // groups, half_of(features)
-        _up[(triton.cdiv(tokens, 64), triton.cdiv(half, 64), groups)](
-            codes.contiguous(), matrices, out, dropout.keys, tokens, features, half, columns, out.stride(0), scale,
-            dropout.salt, dropout.dropped, PRECISION=precision(codes), BT=64, BF=64, BC=columns_block(columns),
+        features, half = out.shape[1], half_of(out.shape[1])
+        _add_dropped[(triton.cdiv(len(out), 8), triton.cdiv(half, 128))](
+            out, products[0], products[-1], known[0].keys, len(out), features, half, out.stride(0), known[0].salt,
+            known[-1].salt, known[0].dropped, TWO=len(products) == 2, BT=8, BF=128,
         )  # fmt: skip
+
+
+class Addend(NamedTuple):
+    """s c M of the tokens of a group, to add to a frozen layer's output.
+
+    Attributes:
+        tokens: of the stream.
+        codes: c [N, R].
+        matrices: M [G, R, O].
+        scale: s.
+    """
+
+    tokens: slice
+    codes: Tensor
+    matrices: Tensor
+    scale: float
+
+
+def frozen_product(layer: nn.Module, x: Tensor, addends: Sequence[Addend]) -> Tensor:
+    """Return a frozen layer's output [n, O] with addends.
+
+    Where nothing forbids it the addends are written first and the wide product is summed onto them, which spares a
+    pass over the output.
+    """
+    weight = layer.weight
+    if type(layer) is not nn.Linear or layer.bias is not None or weight.dtype != x.dtype or not addends:
+        out = layer(x)
+        for own in addends:
+            add_up(out[own.tokens], own.codes, own.matrices, own.scale)
+        return out
+    covered = sum(own.tokens.stop - own.tokens.start for own in addends) == len(x)
+    out = (torch.empty if covered else torch.zeros)((len(x), len(weight)), dtype=x.dtype, device=x.device)
+    for own in addends:
+        add_up(out[own.tokens], own.codes, own.matrices, own.scale, beta=0.0)
+    return torch.addmm(out, x, weight.mT, out=out)
 
 
 def gradients_of_a(codes: Tensor, x: Tensor, stack: Sequence[Tensor], dropout: Dropout | None = None) -> list[Tensor]:
