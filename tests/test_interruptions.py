@@ -148,7 +148,13 @@ def test_r8_a_damaged_best_state_is_said_when_resuming(
     assert not damage(file.parent), "the best state from there on is kept"
 
 
-def test_two_runs_do_not_write_to_one_folder(here: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_two_runs_do_not_write_to_one_folder(
+    here: Path,
+    base: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("mlora.runs.folder.ENDING", 0.2)
     write_config(adapter("a", num_epochs=1))
     with alone("out"):
         for settings in ({}, {"resume": True}, {"overwrite": True}):

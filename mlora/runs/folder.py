@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ PACKAGES = ("mlora", "torch", "transformers", "datasets", "accelerate", "safeten
 
 log = logging.getLogger(__name__)
 
+ENDING = 5.0
+"""Seconds that a run which was just killed may take to let go of its folder."""
 EVALUATION = ("task", "protocol", "metric", "value", "standard_error", "n")
 """What metrics.jsonl holds of a result that was measured during training."""
 
@@ -44,16 +47,24 @@ def alone(path: str) -> Iterator[None]:
     except OSError as error:
         raise _refusal(path, f"cannot be written: {error.strerror}") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise _refusal(path, "another run writes here; wait for its end, or --dir DIR writes elsewhere") from error
-    except OSError as error:  # a file system of another machine that knows no locks
-        log.debug("%s: cannot be locked: %s", path, error)
-    try:
+        _lock(handle, path)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, path: str) -> None:
+    patience = time.monotonic() + ENDING
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= patience:
+                message = "another run writes here; wait for its end, or --dir DIR writes elsewhere"
+                raise _refusal(path, message) from error
+            time.sleep(0.1)
+        except OSError as error:  # a file system of another machine that knows no locks
+            return log.debug("%s: cannot be locked: %s", path, error)
 
 
 class RunFolder:
