@@ -26,6 +26,7 @@ from mlora.model.graphs import Losses, Weights
 from mlora.model.multi import AdapterOutput, MultiAdapterModel
 from mlora.model.profile import RouterProfile
 from mlora.training.heldout import HeldOut
+from mlora.training.schedule import build_schedule
 
 MAX_SKIPPED = 5
 """Steps in a row without a finite gradient after which a job is given up."""
@@ -258,13 +259,3 @@ def build_optimizer(config: JobConfig, method: Any, named: list[tuple[str, nn.Pa
             raise ModelError("optim: 'adamw8bit' needs bitsandbytes: pip install 'mlora[quant]'") from error
         return bnb.AdamW8bit(params, lr=config.lr, weight_decay=decay)
     return torch.optim.AdamW(params, lr=config.lr, weight_decay=decay, fused=True)
-
-
-def build_schedule(config: JobConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """Return transformers' learning-rate schedule of the config's name, its warmup included."""
-    from transformers import get_scheduler
-
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
-    # transformers' "constant" takes no warmup and would pass over it without a word
-    name = "constant_with_warmup" if config.scheduler_type == "constant" and warmup else config.scheduler_type
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, get_args
+
 import pytest
 import torch
 
 from mlora import MultiAdapterModel
 from mlora.adapters import METHODS
 from mlora.config import JobConfig
+from mlora.config.job import Scheduler
 from mlora.model.batch import Batch
 from mlora.training.job import Job
+from mlora.training.schedule import build_schedule
 from mlora.training.trainer import train
 from tests import tinybase
 from tests.families import awaken, multi, rows
@@ -35,6 +42,46 @@ def measured(count: int = 10, **settings: object) -> list[dict]:
 def test_the_rate_rises_in_the_steps_of_the_warmup(warmup: dict) -> None:
     rates = [step["lr"] for step in measured(batch_size=1, num_epochs=1, **warmup)]
     assert rates == pytest.approx([0, 0.025, 0.05, 0.075, *[0.1] * 6])
+
+
+@pytest.mark.parametrize("name", get_args(Scheduler))
+@pytest.mark.parametrize(("warmup", "total"), [(0, 9), (4, 9), (10, 9), (20, 9)])
+def test_rates_are_those_of_transformers(name: Any, warmup: int, total: int) -> None:
+    from transformers import get_scheduler
+
+    def rates(build: Callable[[torch.optim.Optimizer], Any]) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        schedule, found = build(optimizer), []
+        for _ in range(total):
+            found += schedule.get_last_lr()
+            optimizer.step()
+            schedule.step()
+        return found
+
+    config = JobConfig(name="x", method=METHODS["lora"](r=2), lr=0.1, scheduler_type=name, warmup_steps=warmup)
+    # theirs passes over the warmup of "constant"
+    theirs = "constant_with_warmup" if name == "constant" else name
+    ours = rates(lambda optimizer: build_schedule(config, optimizer, total))
+    assert ours == pytest.approx(rates(lambda o: get_scheduler(theirs, o, warmup, total)), rel=1e-12, abs=1e-18)
+
+
+@pytest.mark.parametrize("name", get_args(Scheduler))
+def test_a_training_may_be_all_warmup(name: Any) -> None:
+    """transformers' "polynomial" divides by zero there."""
+    rates = [step["lr"] for step in measured(batch_size=5, num_epochs=1, warmup_steps=2, scheduler_type=name)]
+    assert rates == [0, 0.05]
+
+
+def test_training_imports_no_package_that_it_does_not_use() -> None:
+    """PEFT costs seconds of each start, and bitsandbytes prints notices."""
+    script = """if True:
+        import sys
+        from tests.training.test_schedule import measured
+        measured(2, batch_size=1, num_epochs=1, scheduler_type="cosine")
+        print(sorted({"peft", "bitsandbytes"} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"
 
 
 def test_an_epoch_ends_with_a_step_of_what_is_left() -> None:
