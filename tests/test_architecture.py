@@ -12,20 +12,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mlora"
 MAY_IMPORT = {
+    "extras": set(),
     "ops": set(),
     "tasks": set(),
     "report": set(),
-    "tracking": set(),
+    "tracking": {"extras"},
     "adapters": {"ops"},
     "config": {"adapters", "tasks"},
     "data": {"tasks", "config"},
-    "model": {"config", "adapters", "ops"},
+    "model": {"config", "adapters", "ops", "extras"},
     "evaluation": {"model", "data", "tasks"},
     "export": {"model", "config", "adapters", "ops"},
     "generation": {"model", "data", "config"},
-    "serving": {"generation", "model", "data"},
-    "training": {"model", "data", "config", "adapters"},
-    "runs": {"training", "evaluation", "report", "tracking", "model", "data", "tasks", "config", "adapters"},
+    "serving": {"generation", "model", "data", "extras"},
+    "training": {"model", "data", "config", "adapters", "extras"},
+    "runs": {"training", "evaluation", "report", "tracking", "model", "data", "tasks", "config", "adapters", "extras"},
     "cli": {"generation", "serving", "runs", "export", "config", "tasks", "adapters", "report", "data", "model"},
     "__init__": set(),
 }

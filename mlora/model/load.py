@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlora.extras import install
 from mlora.model.errors import ModelError, UnreachableModelError
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _quantization(bits: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("--quantize needs bitsandbytes: pip install 'mlora[quant]'")
+        raise ModelError(f"--quantize needs bitsandbytes: {install('quant')}")
     # its int8 layers say at every call that float32 inputs are cast
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if bits == "8bit":

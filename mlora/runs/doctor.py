@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from mlora import __version__
+from mlora.extras import install
 
 OPTIONAL = {
     "bitsandbytes": ("4-bit and 8-bit base models, adamw8bit", "quant"),
@@ -175,7 +176,7 @@ def optional() -> Iterator[Finding]:
     """Look at what may be left out."""
     for module, (purpose, extra) in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
-            yield Finding("off", module, f"{purpose}: pip install 'mlora[{extra}]'")
+            yield Finding("off", module, f"{purpose}: {install(extra)}")
         else:
             yield Finding("ok", module, f"{purpose}, {_version_of(module)}")
     yield _kernels()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlora.data import DataError
+from mlora.extras import install
 from mlora.generation.opened import ModelOptions
 from mlora.model.errors import ModelError
 
@@ -45,7 +46,7 @@ def main(served: Served) -> int:
     """Serve until interrupted, and return the exit status."""
     missing = [name for name in ("gradio", "fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"Error: inference.py needs {', '.join(missing)}: pip install 'mlora[web]'", file=sys.stderr)
+        print(f"Error: inference.py needs {', '.join(missing)}: {install('web')}", file=sys.stderr)
         return 2
     try:
         listening = _listen(served.host, served.port)

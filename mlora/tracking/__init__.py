@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlora.extras import install
+
 log = logging.getLogger(__name__)
 
 PROJECT = "mlora"
@@ -94,7 +96,7 @@ def problem(names: Sequence[str]) -> str | None:
         if name not in PACKAGES:
             return f"{name!r} is no tracker; expected {', '.join(PACKAGES)}, several joined by a comma"
         if importlib.util.find_spec(PACKAGES[name]) is None:
-            return f"{name} is not installed: pip install 'mlora[{name}]'"
+            return f"{name} is not installed: {install(name)}"
     return None
 
 

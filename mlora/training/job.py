@@ -20,6 +20,7 @@ from torch import nn
 from mlora.adapters.routed import Routed
 from mlora.config import JobConfig
 from mlora.data import Sample, epoch_order
+from mlora.extras import install
 from mlora.model.batch import IGNORED, Row
 from mlora.model.errors import ModelError
 from mlora.model.graphs import Losses, Weights
@@ -256,6 +257,6 @@ def build_optimizer(config: JobConfig, method: Any, named: list[tuple[str, nn.Pa
         try:
             bnb: Any = importlib.import_module("bitsandbytes.optim")
         except ImportError as error:
-            raise ModelError("optim: 'adamw8bit' needs bitsandbytes: pip install 'mlora[quant]'") from error
+            raise ModelError(f"optim: 'adamw8bit' needs bitsandbytes: {install('quant')}") from error
         return bnb.AdamW8bit(params, lr=config.lr, weight_decay=decay)
     return torch.optim.AdamW(params, lr=config.lr, weight_decay=decay, fused=True)

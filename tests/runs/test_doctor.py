@@ -15,6 +15,7 @@ from urllib.error import HTTPError, URLError
 import pytest
 from huggingface_hub import constants
 
+from mlora.extras import install
 from mlora.runs import doctor
 
 
@@ -137,7 +138,7 @@ def test_optional_packages_name_their_extra(
     assert doctor.main() == 0
     assert found(capsys)["bitsandbytes"] == (
         "off",
-        "4-bit and 8-bit base models, adamw8bit: pip install 'mlora[quant]'",
+        f"4-bit and 8-bit base models, adamw8bit: {install('quant')}",
     )
 
 

@@ -12,6 +12,7 @@ from urllib.error import HTTPError
 import pytest
 import torch
 
+from mlora.extras import install
 from mlora.generation.opened import ModelOptions
 from mlora.generation.sampling import Sampling
 from mlora.model.errors import ModelError
@@ -71,7 +72,7 @@ def test_a_port_in_use_and_a_missing_extra_are_said(
     assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert app.main(app.Served(options, port=0)) == 2
-    assert "pip install 'mlora[web]'" in capsys.readouterr().err
+    assert install("web") in capsys.readouterr().err
 
 
 def test_bad_input_exits_with_2() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mlora.config import RunOptions
+from mlora.extras import install
 from mlora.runs.program import main
 from mlora.tracking import PACKAGES, Trackers, problem
 from tests import tinybase
@@ -204,7 +205,7 @@ def test_what_cannot_be_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problem([]) is None
     assert "'tensorbord' is no tracker; expected tensorboard, wandb" in str(problem(["tensorbord"]))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert problem(["wandb"]) == "wandb is not installed: pip install 'mlora[wandb]'"
+    assert problem(["wandb"]) == f"wandb is not installed: {install('wandb')}"
 
 
 @pytest.fixture
