@@ -112,6 +112,18 @@ def test_a_whole_run(here: Path, base: Path, capsys: pytest.CaptureFixture[str])
     assert again == {key: value for key, value in before.items() if key[0] != "base model"}
 
 
+def test_a_run_goes_on_where_nobody_reads_its_output(here: Path, base: Path) -> None:
+    """`launch.py run ... | head -1`."""
+    write_config(adapter("a", num_epochs=1))
+    command = [sys.executable, str(ROOT / "launch.py"), "run", "--base_model", str(base)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.close()
+        assert "BrokenPipe" not in running.stderr.read()
+        assert running.wait(120) == 0
+    assert Path("results.json").exists() and Path("report.html").exists()
+    assert "nobody reads the output" in Path("mlora.log").read_text()
+
+
 def test_a_file_that_is_no_report_stays_and_the_run_is_done_all_the_same(
     here: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from mlora.config import ConfigError, Problem, RunOptions
 from mlora.data import DataError
 from mlora.model.errors import ModelError
 from mlora.runs.folder import alone, log_path
+from mlora.runs.output import outlives_its_readers
 from mlora.runs.run import Run, RunError
 from mlora.tasks import UnknownTaskError
 from mlora.training.checkpoint import CheckpointError
@@ -56,6 +57,11 @@ def finish(work: Callable[[], None], options: Told) -> int:
     Returns:
         0 done or out of time, 1 failed, 2 bad input, 130 interrupted.
     """
+    with outlives_its_readers():
+        return _finished(work, options)
+
+
+def _finished(work: Callable[[], None], options: Told) -> int:
     try:
         logs = _log_to(options)
         reads_only = getattr(options, "dry_run", False) or getattr(options, "inference", False)
