@@ -131,7 +131,8 @@ def stream(
             yield piece
     finally:
         left.set()
-        thread.join()
+        if thread is not threading.current_thread():  # one that nobody holds any more may be closed anywhere
+            thread.join()
 
 
 @torch.no_grad()

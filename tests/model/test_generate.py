@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mlora.model import generate
 from mlora.model.errors import ModelError
 from mlora.model.generate import Piece, complete, stream
 from mlora.model.multi import MultiAdapterModel
@@ -153,3 +154,21 @@ def test_leaving_a_stream_stops_it(llama: MultiAdapterModel) -> None:
 def test_a_stream_raises_where_it_is_read(llama: MultiAdapterModel) -> None:
     with pytest.raises(ModelError, match="'nobody' is not loaded"):
         list(stream(llama, ["one"], ["nobody"], 4))
+
+
+def test_a_stream_may_be_closed_by_its_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector runs in any thread, and closes a stream that nobody holds any more."""
+    streams: list[Any] = []
+    kept, closed = threading.Event(), threading.Event()
+
+    def complete(*given: Any, on_piece: Any, cancelled: Any) -> None:
+        on_piece("a token")
+        assert kept.wait(10)
+        streams.pop().close()
+        closed.set()
+
+    monkeypatch.setattr(generate, "complete", complete)
+    streams.append(generate.stream(None, [], [], 1))
+    assert next(streams[0]) == "a token"
+    kept.set()
+    assert closed.wait(10)
