@@ -1,10 +1,15 @@
-"""How the packages that may be left out are installed."""
+"""Words that the messages of all rooms share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def counted(count: int, thing: str) -> str:
+    """Return a number with what it counts: "1 row", "2,000 rows"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def install(extra: str) -> str:

@@ -22,6 +22,7 @@ from mlora.cli.config import OVERRIDES
 from mlora.cli.program import program
 from mlora.cli.run import train
 from mlora.config import RunOptions
+from mlora.tasks import PROTOCOLS, known_tasks
 
 ROOT = Path(__file__).parents[1]
 FAST = [
@@ -104,6 +105,14 @@ def commands() -> list[str]:
 def test_help_fits_80_columns(command: str) -> None:
     text = invoke(*filter(None, [command, "--help"])).output
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_what_is_available_fits_80_columns_and_is_all_there() -> None:
+    text = invoke("avail").output
+    assert max(map(len, text.splitlines())) <= 80
+    shown = [line.split()[0] for line in text.splitlines() if line.strip()]
+    assert sorted(set(known_tasks()) - set(shown)) == []
+    assert all(f"{protocol}: " in text for protocol in PROTOCOLS)
 
 
 def test_flags_are_the_fields_of_the_options() -> None:

@@ -10,7 +10,7 @@ import click
 from mlora.cli.options import all_of, option
 from mlora.cli.program import program
 from mlora.config.templates import template_names
-from mlora.tasks import PROTOCOLS, TASKS
+from mlora.tasks import PROTOCOLS, TASKS, Protocol
 
 OVERRIDES = [
     ("protocol", "protocol", click.Choice(PROTOCOLS), "How tasks are scored. [default: by letters where they can be]"),
@@ -31,6 +31,12 @@ OVERRIDES = [
     ("group_by_length", "group_by_length", bool, "Draw sequences of similar length together."),
 ]
 """Flags of `gen` that replace a value of the template: flag, key, type, help."""
+HOW: dict[Protocol, str] = {
+    "letter": "options have letters, and the next token is compared among them",
+    "classification": "a head, trained with the adapter, names a class",
+    "loglikelihood": "each answer's text is scored as a continuation",
+}
+"""What each protocol does."""
 
 
 @program.command()
@@ -84,17 +90,19 @@ def gen(
 def avail() -> None:
     """List tasks, methods and templates."""
     from mlora.adapters import METHODS
-    from mlora.report.table import columns
+    from mlora.report.table import columns, wrapped
 
-    rows = []
-    for (protocol, name), task in sorted(TASKS.items()):
-        source = task.source
-        data = source.hub if source.subset is None else f"{source.hub}:{source.subset}"
-        sizes = ("?" if size is None else f"{size:,}" for size in (source.train_rows, source.test_rows))
-        rows.append([name, protocol, ", ".join(task.metrics), data, str(task.version), *sizes])
-    click.echo(columns(["task", "protocol", "metric", "data", "version", "train", "test"], rows, left=4))
-    click.echo(f"\nMethods:   {', '.join(METHODS)}")
-    click.echo(f"Templates: {', '.join(template_names())}")
+    for protocol, how in HOW.items():
+        rows = []
+        for task in sorted((task for (p, _), task in TASKS.items() if p == protocol), key=lambda task: task.name):
+            source = task.source
+            data = source.hub if source.subset is None else f"{source.hub}:{source.subset}"
+            sizes = ("?" if size is None else f"{size:,}" for size in (source.train_rows, source.test_rows))
+            rows.append([task.name, ", ".join(task.metrics), data, *sizes])
+        click.echo(f"{protocol}: {how}\n")
+        click.echo(columns(["task", "metrics", "data", "train", "test"], rows, left=3) + "\n")
+    for what, names in (("Methods", METHODS), ("Templates", template_names())):
+        click.echo(wrapped(f"{what}: {', '.join(names)}"))
 
 
 @program.command()

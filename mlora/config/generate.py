@@ -23,6 +23,7 @@ from mlora.config.schema import run_schema
 from mlora.config.sweep import parse_sweep
 from mlora.config.templates import find_template
 from mlora.tasks import folder_names, known_tasks
+from mlora.wording import counted
 
 _MISSPELT = 0.8
 _FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz")
@@ -146,7 +147,8 @@ def _data_of_each(names: list[str], data_path: str | None) -> list[str | None]:
     if len(paths) == len(names) > 1:
         return list(paths)
     if len(paths) > 1:
-        raise _wrong("--data_path", f"{len(paths)} paths for {len(names)} tasks; expected one for each, or one folder")
+        given = f"{counted(len(paths), 'path')} for {counted(len(names), 'task')}"
+        raise _wrong("--data_path", f"{given}; expected one for each, or one folder")
     folder = Path(paths[0]).expanduser()
     inside = [subfolder(folder, name) for name in names]
     missing = [folder_names(name)[0] for name, found in zip(names, inside, strict=True) if found is None]

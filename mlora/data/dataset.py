@@ -16,6 +16,7 @@ from mlora.data.readers import SourceRow
 from mlora.data.sources import Split, instruction_rows, split_paths, task_rows
 from mlora.data.tokenize import Sample, encode_question
 from mlora.tasks import Protocol, Question, Row, RowError, Task, find_task
+from mlora.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,9 +45,9 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = [f"{self.rows} rows read"]
-        parts += [f"{self.bad_rows} bad rows skipped (first: {self.problems[0]})"] if self.bad_rows else []
-        parts += [f"{self.truncated} prompts truncated"] if self.truncated else []
+        parts = [f"{counted(self.rows, 'row')} read"]
+        parts += [f"{counted(self.bad_rows, 'bad row')} skipped (first: {self.problems[0]})"] if self.bad_rows else []
+        parts += [f"{counted(self.truncated, 'prompt')} truncated"] if self.truncated else []
         parts += [f"{self.dropped} dropped because their answer exceeds the cutoff"] if self.dropped else []
         return ", ".join(parts)
 
@@ -129,7 +130,7 @@ def load_training_samples(
                 result.samples.append(replace(sample, row=number))
         if len(result) == before:
             lost = result.report.dropped - dropped
-            reason = f"; {lost} rows lost their answer to cutoff_len {cutoff_len}" if lost else ""
+            reason = f"; {counted(lost, 'row')} lost the answer to cutoff_len {cutoff_len}" if lost else ""
             raise DataError(f"no data rows in {where}{reason}")
     return result
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mlora.data.dataset import Samples
 from mlora.data.tokenize import NO_LABEL, Sample
+from mlora.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ def preview(tokenizer: PreTrainedTokenizerBase, samples: Samples) -> str:
     blocks = []
     for number, sample in enumerate(samples, 1):
         trained = sum(label != NO_LABEL for label in sample.labels)
-        facts = [f"row {number}", sample.task, f"{len(sample.input_ids)} tokens", f"{trained} trained on"]
+        facts = [f"row {number}", sample.task, counted(len(sample.input_ids), "token"), f"{trained} trained on"]
         facts += ["the prompt is cut"] if sample.truncated else []
         facts += [] if sample.class_id is None else [f"class {sample.class_id}"]
         blocks.append(f"--- {', '.join(facts)}\n{render(tokenizer, sample)}")

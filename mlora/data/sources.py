@@ -17,6 +17,7 @@ from mlora.config.names import subfolder
 from mlora.data.errors import DataError, UnreachableError
 from mlora.data.readers import SourceRow, is_data_file, read_file
 from mlora.tasks import Source, Task, folder_names
+from mlora.wording import counted
 
 Split = Literal["train", "validation", "test"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -39,7 +40,8 @@ def split_paths(data: str | None, names: Sequence[str]) -> list[str | None]:
     if len(paths) == len(names) > 1:
         return list(paths)
     if len(paths) != 1:
-        raise DataError(f"{len(paths)} data paths for {len(names)} tasks ({'; '.join(names)}): {data}")
+        given = counted(len(paths), "data path")
+        raise DataError(f"{given} for {counted(len(names), 'task')} ({'; '.join(names)}): {data}")
     folder = _path(paths[0])
     inside = [subfolder(folder, name) for name in names]
     if None not in inside:

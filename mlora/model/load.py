@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlora.extras import install
 from mlora.model.errors import ModelError, UnreachableModelError
+from mlora.wording import install
 
 if TYPE_CHECKING:
     import torch

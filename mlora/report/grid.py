@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from mlora.report.table import columns
+from mlora.report.table import columns, wrapped
 
 Group = tuple[str, ...]
 
@@ -163,7 +163,8 @@ def ranking_table(results: Sequence[Mapping[str, Any]], places: Mapping[str, Pla
         order = ranked(grid)
         rows = [[str(place), *row] for place, row in enumerate(grid.rows(order), 1)]
         text = columns(grid.header("rank", *keys), rows, left=1 + len(keys))
-        tables.append("\n".join([f"ranked by {', '.join(keys) or 'seed'}; protocol: {protocol}", text, *grid.notes]))
+        title = wrapped(f"ranked by {', '.join(keys) or 'seed'}; protocol: {protocol}")
+        tables.append("\n".join([title, text, *map(wrapped, grid.notes)]))
     return "\n\n".join(tables)
 
 

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 BASE = "base model"
+WIDTH = 80
+"""Characters of a line."""
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return rows as aligned text, the first `left` columns on the left, numbers on the right."""
+    """Return rows as aligned text, the first `left` columns on the left, numbers on the right.
+
+    Columns for which a line has no room go on below, beside the first `left` again.
+    """
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
-    def line(cells: Sequence[str]) -> str:
-        aligned = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "  ".join(aligned).rstrip()
+    def part(shown: Sequence[int]) -> str:
+        def line(cells: Sequence[str]) -> str:
+            aligned = (cells[i].ljust(widths[i]) if i < left else cells[i].rjust(widths[i]) for i in shown)
+            return "  ".join(aligned).rstrip()
 
-    return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])
+        return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])
+
+    names = list(range(left))
+    parts, room = [names], WIDTH - sum(widths[:left]) - 2 * left
+    taken = 0
+    for i in range(left, len(header)):
+        if taken + widths[i] > room and parts[-1] != names:
+            parts.append(names)
+            taken = 0
+        parts[-1] = [*parts[-1], i]
+        taken += widths[i] + 2
+    return "\n\n".join(map(part, parts))
+
+
+def wrapped(text: str) -> str:
+    """Return a line of words broken to a terminal's width; names and addresses stay whole."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from mlora import __version__
-from mlora.extras import install
+from mlora.wording import install
 
 OPTIONAL = {
     "bitsandbytes": ("4-bit and 8-bit base models, adamw8bit", "quant"),

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 def outlives_its_readers() -> Iterator[None]:
     """Within the block, what nobody reads any more is dropped, and no error: a run is worth more than its output."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Unheard(sys.stdout), _Unheard(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Unheard(sys.stdout), _Unheard(sys.stderr)
     try:
         yield
         sys.stdout.flush()

@@ -11,7 +11,7 @@ from mlora.config import JobConfig, RunConfig
 from mlora.report.grid import Grid, Place
 from mlora.report.paper import BASE as PAPER_BASE
 from mlora.report.paper import paper_rows
-from mlora.report.table import BASE, columns
+from mlora.report.table import BASE, columns, wrapped
 from mlora.runs.folder import RunFolder
 
 LABELS = {"lora": "LoRA", "dora": "DoRA", "mixlora": "MixLoRA", "mixdora": "MixDoRA"}
@@ -64,7 +64,7 @@ def _table(protocol: str, grid: Grid, jobs: RunConfig, base_model: str) -> str:
         read = f"{first.limit or 'all'} of train, {first.eval_limit or first.limit} of test"
         notes.append(f"only the first rows are read, {read}: not comparable with published results")
     table = columns(grid.header("method", "trainable"), rows)
-    return "\n".join([f"{base_model}, {kind}; protocol: {protocol}", table, *notes])
+    return "\n".join([wrapped(f"{base_model}, {kind}; protocol: {protocol}"), table, *map(wrapped, notes)])
 
 
 def cost(folders: Sequence[RunFolder]) -> str:

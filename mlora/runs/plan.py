@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from mlora.data import Sample, UnreachableError
 from mlora.model import load
 from mlora.model.errors import UnreachableModelError
 from mlora.model.multi import MultiAdapterModel
-from mlora.report.table import columns
+from mlora.report.table import columns, wrapped
 from mlora.runs.rows import Reader
 
 
@@ -82,7 +81,7 @@ class Plan:
                 columns(header, [self._row(job) for job in self.jobs], left=2),
                 "",
                 _written(self.files),
-                *(f"unknown: {note}" for note in self.notes),
+                *(wrapped(f"unknown: {note}") for note in self.notes),
             ]
         )
 
@@ -104,8 +103,7 @@ def _written(files: Sequence[Path]) -> str:
     folder = files[0].parent
     names = ", ".join(str(file.relative_to(folder)) for file in files if file.is_relative_to(folder))
     elsewhere = "".join(f"; and {file}" for file in files if not file.is_relative_to(folder))
-    text = f"writes to {folder}: {names}{elsewhere}"
-    return textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+    return wrapped(f"writes to {folder}: {names}{elsewhere}")
 
 
 def dry_plan(

@@ -33,6 +33,7 @@ from mlora.runs.plan import shapes
 from mlora.runs.run import Run, RunError
 from mlora.tasks import PROTOCOLS, find_task, known_tasks
 from mlora.training.stop import Deadline, Paused, Stopped
+from mlora.wording import counted
 
 SMALL = {
     "lora": {"r": 16, "lora_alpha": 32, "lr": 5e-4},
@@ -115,7 +116,7 @@ class Reproduction:
         sizes = self._sizes(jobs)
         passes = self._passes(jobs, grid, sizes)
         count = "one pass" if len(passes) == 1 else f"{len(passes)} passes of at most {max(map(len, passes))}"
-        print(f"{len(jobs.lora)} adapters in {count}", flush=True)
+        print(f"{counted(len(jobs.lora), 'adapter')} in {count}", flush=True)
         if self.dry_run:
             print("\n".join(f"  {job.name}: {job.task_name}, seed {job.seed}" for job in jobs.lora))
             return

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlora.data import DataError
-from mlora.extras import install
 from mlora.generation.opened import ModelOptions
 from mlora.model.errors import ModelError
+from mlora.wording import install
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "

@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from mlora.serving.engine import Routes
+from mlora.wording import counted
 
 STYLE = """
 .gradio-container { max-width: 1500px !important; margin: 0 auto; }
@@ -74,7 +75,8 @@ def answers(shown: Sequence[Answer]) -> str:
     for number, answer in enumerate(shown):
         rate = f" · {len(answer.tokens) / answer.seconds:.1f} tokens/s" if answer.tokens and answer.seconds else ""
         end = {"stop": "ended", "length": "cut off", "cancelled": "stopped"}.get(answer.finish or "", "")
-        counts = f"{len(answer.tokens)} tokens{rate}{f' · {end}' if end else ''}" if answer.tokens else end or "waiting"
+        parts = [f"{counted(len(answer.tokens), 'token')}{rate}"] if answer.tokens else []
+        counts = " · ".join([*parts, *([end] if end else [])]) or "waiting"
         going = " going" if answer.finish is None else ""
         cards.append(
             f'<article class="answer" style="--hue: {_hue(number, 8)}" data-who="{escape(answer.who)}">'

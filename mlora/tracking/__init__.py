@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlora.extras import install
+from mlora.wording import install
 
 log = logging.getLogger(__name__)
 

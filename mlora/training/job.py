@@ -20,7 +20,6 @@ from torch import nn
 from mlora.adapters.routed import Routed
 from mlora.config import JobConfig
 from mlora.data import Sample, epoch_order
-from mlora.extras import install
 from mlora.model.batch import IGNORED, Row
 from mlora.model.errors import ModelError
 from mlora.model.graphs import Losses, Weights
@@ -28,6 +27,7 @@ from mlora.model.multi import AdapterOutput, MultiAdapterModel
 from mlora.model.profile import RouterProfile
 from mlora.training.heldout import HeldOut
 from mlora.training.schedule import build_schedule
+from mlora.wording import install
 
 MAX_SKIPPED = 5
 """Steps in a row without a finite gradient after which a job is given up."""

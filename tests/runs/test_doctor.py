@@ -15,8 +15,8 @@ from urllib.error import HTTPError, URLError
 import pytest
 from huggingface_hub import constants
 
-from mlora.extras import install
 from mlora.runs import doctor
+from mlora.wording import install
 
 
 @pytest.fixture(autouse=True)

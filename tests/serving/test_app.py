@@ -12,12 +12,12 @@ from urllib.error import HTTPError
 import pytest
 import torch
 
-from mlora.extras import install
 from mlora.generation.opened import ModelOptions
 from mlora.generation.sampling import Sampling
 from mlora.model.errors import ModelError
 from mlora.serving import app, render
 from mlora.serving.engine import Engine
+from mlora.wording import install
 
 ROOT = Path(__file__).resolve().parents[2]
 

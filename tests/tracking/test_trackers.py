@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from mlora.config import RunOptions
-from mlora.extras import install
 from mlora.runs.program import main
 from mlora.tracking import PACKAGES, Trackers, problem
+from mlora.wording import install
 from tests import tinybase
 
 CONFIG = {"cutoff_len": 64, "lora": [{"name": "a", "lr": 2e-4, "r": 8}, {"name": "b", "lr": 1e-3, "r": 4}]}
