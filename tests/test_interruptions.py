@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +390,47 @@ def test_r9_a_disk_that_fills_up(
     assert "no complete checkpoint" not in capsys.readouterr().out
     assert outcome(small_disk / "out") == straight
     assert not list(small_disk.glob("out/**/.*")), "a temporary file was left"
+
+
+def test_r9_results_are_shown_where_no_disk_takes_them(
+    here: Path,
+    base: Path,  # noqa: F811
+    small_disk: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_config(adapter("a", num_epochs=1))
+    options = RunOptions(str(base), dir=str(small_disk / "out"))
+    assert main(options) == 0
+    table = capsys.readouterr().out.partition("adapter  task")[2].partition("report")[0]
+    (small_disk / "out/results.json").unlink()
+    with suppress(OSError), (small_disk / "others").open("wb") as file:
+        while True:
+            file.write(b"\0" * 512)
+            file.flush()
+    assert main(replace(options, evaluate=True)) == 1
+    shown = capsys.readouterr()
+    assert table in shown.out and "±" in table
+    assert "No space left on device" in shown.err and "Traceback" not in shown.err and len(shown.err.splitlines()) <= 15
+    (small_disk / "others").unlink()
+    assert main(replace(options, evaluate=True)) == 0
+    assert not list(small_disk.glob("out/**/.*")), "a temporary file was left"
+
+
+def test_folders_that_are_links_stay_links(here: Path, base: Path) -> None:  # noqa: F811
+    """Adapters and checkpoints on another disk: what lies there is replaced, and the checkpoints are the new run's."""
+    write_config(adapter("a", num_epochs=1, val_set_size=6), save_step=1)
+    for name in ("adapters", "checkpoints"):
+        (here / "disk" / name / "a").mkdir(parents=True)
+        (here / "out" / name).mkdir(parents=True)
+        (here / "out" / name / "a").symlink_to(here / "disk" / name / "a")
+    (here / "disk/adapters/a/adapter_config.json").write_text("{}")
+    (here / "disk/checkpoints/a/step-000099").mkdir()
+    for _ in range(2):
+        assert main(RunOptions(str(base), dir="out", overwrite=True)) == 0
+        assert all((here / "out" / name / "a").is_symlink() for name in ("adapters", "checkpoints"))
+        assert (here / "disk/adapters/a/adapter_model.safetensors").exists()
+        assert {p.name for p in (here / "disk/checkpoints/a").iterdir()} == {"best", "step-000002", "step-000003"}
+        assert not list(here.glob("out/**/.*")) + list(here.glob("disk/**/.*"))
 
 
 @pytest.mark.parametrize(

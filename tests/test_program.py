@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from mlora.config import RunOptions
 from mlora.model import card
 from mlora.runs import assess
 from mlora.runs.program import main
+from mlora.training.heldout import HeldOut
 from tests import tinybase
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,6 +196,40 @@ def test_resuming_asks_for_the_same_settings_and_a_checkpoint(
     assert main(RunOptions(str(base), resume=True)) == 2
     assert "no usable checkpoint" in capsys.readouterr().err
     assert Path("a/adapter_model.safetensors").read_bytes() == saved
+
+
+def test_resuming_is_refused_where_what_was_read_has_changed(
+    here: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what the folder says of the first run stays."""
+    write_config(adapter("a"))
+    assert main(RunOptions(str(base), dir="out")) == 0
+    begun = {file: file.read_bytes() for file in Path("out").rglob("*") if file.is_file() and file.name != "log.txt"}
+    rows = here / "data/boolq/train.jsonl"
+    content = rows.read_text()
+    rows.write_text(content.replace("is 5 an", "is 7 an"))
+    assert main(RunOptions(str(base), dir="out", resume=True)) == 2
+    assert "a: was begun with other settings: digest of rows" in capsys.readouterr().err
+    rows.write_text(content)
+    write_config(adapter("a", lr=1e-5))
+    assert main(RunOptions(str(base), dir="out", resume=True)) == 2
+    assert "lr 0.005 then" in capsys.readouterr().err
+    write_config(adapter("a"))
+    other = tinybase.save(here / "other", initializer_range=0.05)
+    assert main(RunOptions(str(other), dir="out", resume=True)) == 2
+    assert "digest of base model" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in begun} == begun
+    shutil.copytree(base, here / "moved")
+    assert main(RunOptions("moved", dir="out", resume=True)) == 0
+
+
+def test_a_failure_is_a_line_for_the_user_and_a_traceback_in_the_log(
+    here: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(adapter("a", num_epochs=1))
+    monkeypatch.setattr(assess, "examine", lambda *_: 1 / 0)
+    assert main(RunOptions(str(base), dir="out")) == 1
+    assert "Traceback" not in capsys.readouterr().err and "Traceback" in Path("out/log.txt").read_text()
 
 
 def test_bad_data_is_found_before_anything_is_lost(here: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -455,18 +489,24 @@ def evaluations(folder: Path, key: str) -> list[float]:
 
 
 @pytest.mark.parametrize("held_out", [{"val_set_size": 8}, {"eval_data": "other.json"}])
-def test_the_best_state_by_held_out_loss_is_kept(here: Path, base: Path, held_out: dict) -> None:
-    draw = random.Random(0)  # nothing to learn but the rows themselves: the loss on others must rise
-    for file, count in (("noise.json", 24), ("other.json", 8)):
-        texts = ["".join(draw.choices("abcdefgh", k=12)) for _ in range(count)]
-        Path(file).write_text(json.dumps([{"instruction": "Go", "input": "", "output": t} for t in texts]))
-    write_config(adapter("a", task_name="casual", data="noise.json", num_epochs=8, lr=0.05, **held_out))
+def test_the_best_state_by_held_out_loss_is_kept(
+    here: Path, base: Path, monkeypatch: pytest.MonkeyPatch, held_out: dict
+) -> None:
+    told = iter([3.0, 2.0, 1.0, 2.0])
+    own = HeldOut.loss
+    monkeypatch.setattr(HeldOut, "loss", lambda self, model: own(self, model) * 0 + next(told))
+    for file, count in (("rows.json", 24), ("other.json", 8)):
+        rows = [{"instruction": "Go", "input": "", "output": f"{file} {i}"} for i in range(count)]
+        Path(file).write_text(json.dumps(rows))
+    settings = {"task_name": "casual", "data": "rows.json", "num_epochs": 4}
+    write_config(adapter("a", **settings, **held_out), save_step=1, keep_last=9)
     assert main(RunOptions(str(base), dir="out")) == 0
-    found = evaluations(here / "out", "eval_loss")
-    assert len(found) == 8 and min(found) < found[-1]
-    best = (here / "out/checkpoints/a/best/adapter_model.safetensors").read_bytes()
-    assert (here / "out/adapters/a/adapter_model.safetensors").read_bytes() == best
-    assert len(losses(here / "out")["a"]) == 8 * (2 if "val_set_size" in held_out else 3)
+    assert evaluations(here / "out", "eval_loss") == [3.0, 2.0, 1.0, 2.0]
+    steps = 2 if "val_set_size" in held_out else 3  # of an epoch
+    assert len(losses(here / "out")["a"]) == 4 * steps
+    kept = {p.parent.name: p.read_bytes() for p in here.glob("out/checkpoints/a/*/adapter_model.safetensors")}
+    final = (here / "out/adapters/a/adapter_model.safetensors").read_bytes()
+    assert final == kept["best"] == kept[f"step-{3 * steps:06d}"] != kept[f"step-{3 * steps - 1:06d}"]
     write_config(adapter("a", val_set_size=24))
     assert main(RunOptions(str(base), dir="other")) == 2
 

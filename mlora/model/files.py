@@ -41,7 +41,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of `path` when the block ends well, and vanishes when not."""
+    """Yield a temporary folder that takes the place of `path` when the block ends well, and vanishes when not.
+
+    Where `path` is a link, that of the folder it points to.
+    """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
     # not mkdtemp: what it makes is closed to everyone but its owner, and so would the folder be at its place
@@ -65,6 +69,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def clear_leftovers(path: Path) -> None:
     """Undo what a crash within `whole_folder(path)` left: put the old folder back, or drop what is not needed."""
+    path = path.resolve()
     old = _set_aside(path)
     if old.exists() and not path.exists():
         os.rename(old, path)

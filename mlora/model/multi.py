@@ -5,11 +5,12 @@ Shapes: B rows of L tokens, T packed tokens, V vocabulary, N label positions.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -373,6 +374,16 @@ class MultiAdapterModel(nn.Module):
         """Turn the adapters' dropout on or off; the base stays in evaluation mode."""
         self.training = mode
         return self
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of some values of each of the base model's tensors; not of packed ones, which differ by machine."""
+        digest = hashlib.sha256()
+        for parameter in self.hf_model.parameters():
+            if parameter.is_floating_point() and parameter.numel():
+                values = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)].double().cpu()
+                digest.update(f"{list(parameter.shape)} {values.tolist()}".encode())
+        return digest.hexdigest()[:16]
 
     @property
     def architecture(self) -> str:

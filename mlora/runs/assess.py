@@ -92,7 +92,8 @@ def assess(
         for group in by_questions(wanted):
             try:
                 for outcome in examine(model, group, library, simultaneously, report, known):
-                    results += folder.add_outcome(outcome, with_samples)
+                    results += [result.as_dict() for result in outcome.results]  # shown even where the disk is full
+                    folder.add_outcome(outcome, with_samples)
             except Paused:
                 raise
             except Exception as error:  # whatever one task fails by, the others' results must not be lost

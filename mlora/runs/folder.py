@@ -171,8 +171,8 @@ class RunFolder:
         _append(self.metrics, described | {key: result[key] for key in EVALUATION})
         self.trackers.log(adapter, step, _tracked(result))
 
-    def add_outcome(self, outcome: Outcome, with_samples: bool = False) -> list[dict[str, Any]]:
-        """Write all that an examination has brought, in place of what an earlier one has; return its results.
+    def add_outcome(self, outcome: Outcome, with_samples: bool = False) -> None:
+        """Write all that an examination has brought, in place of what an earlier one has.
 
         Args:
             outcome: of the examination.
@@ -182,10 +182,8 @@ class RunFolder:
             write_atomically(self.samples(outcome.examination), "".join(_sample_lines(outcome)))
         if outcome.routing is not None:
             self._replace_routing(outcome, outcome.routing)
-        results = [result.as_dict() for result in outcome.results]
-        for result in results:
-            self.add_result(result)
-        return results
+        for result in outcome.results:
+            self.add_result(result.as_dict())
 
     def samples(self, examination: Examination) -> Path:
         """File of what an adapter has answered to each row of a task."""

@@ -92,6 +92,25 @@ def _fail(error: Exception, status: int, options: Told, hint: str = "") -> int:
     return status
 
 
+class _Line(logging.Formatter):
+    """Messages without the tracebacks that belong to them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.message = record.getMessage()
+        return self.formatMessage(record)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that says once, in a line, that it cannot be written."""
+
+    said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.said:
+            self.said = True
+            print(f"WARNING: {self.baseFilename}: cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+
+
 def _log_to(options: Told) -> Path | None:
     """Write everything to the log file, whose path is returned, and warnings to standard error; a dry run has no file.
 
@@ -99,7 +118,7 @@ def _log_to(options: Told) -> Path | None:
         ConfigError: the file cannot be written.
     """
     to_user = logging.StreamHandler()
-    to_user.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    to_user.setFormatter(_Line("%(levelname)s: %(message)s"))
     to_user.setLevel(logging.WARNING)
     log.handlers[:] = [to_user]
     log.setLevel(logging.DEBUG)
@@ -109,7 +128,7 @@ def _log_to(options: Told) -> Path | None:
     path = log_path(options.dir, options.log_file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(path, encoding="utf-8")
+        to_file = _LogFile(path, encoding="utf-8")
     except OSError as error:
         raise ConfigError(str(path), [Problem("", f"cannot be written: {error.strerror}")]) from error
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -217,18 +217,20 @@ class Run:
         written: Sequence[Path],
     ) -> None:
         options = self.options
-        if not options.resume:  # what an earlier training of these adapters has left would be taken for this one's
+        session = Session(model, jobs, self.config, self.folder, validation, library, self._making, self.deadline)
+        if options.resume:  # refused where settings differ, and then config.json still tells of the first
+            session.resume()
+        else:  # what an earlier training of these adapters has left would be taken for this one's
             for job in jobs:
-                shutil.rmtree(self.folder.checkpoints / job.name, ignore_errors=True)
+                place = (self.folder.checkpoints / job.name).resolve()
+                if place.exists():
+                    shutil.rmtree(place)
+            if not options.load_adapter:
+                session.forget_metrics()
         self.folder.begin(resolved(self.config), command_line(), asdict(options))
         self.folder.trackers = Trackers.opened(
             self._trackers, self.folder.path, self.folder.path.resolve().name, resolved(self.config)
         )
-        session = Session(model, jobs, self.config, self.folder, validation, library, self._making, self.deadline)
-        if options.resume:
-            session.resume()
-        elif not options.load_adapter:
-            session.forget_metrics()
         planned = [PlannedJob.of(job.config, job.samples, model.num_parameters(job.name)) for job in jobs]
         base = model.num_parameters(None)
         print(Plan(options.base_model, self.dtype, self.device, base, planned, written), flush=True)
@@ -259,12 +261,12 @@ class Run:
             deadline=self.deadline,
             keep=self.options.resume,
         )
+        none = "nothing was evaluated" if failures else "nothing was evaluated: instruction data has no benchmark"
+        print(results_table(results) if results else none, flush=True)
         for job in self.config.lora:
             card.add_results(self.folder.adapter(job.name), [r for r in results if r["adapter"] == job.name])
         if self.config.evaluate_result:
             write_json(Path(self.config.evaluate_result), results)
-        none = "nothing was evaluated: instruction data has no benchmark"
-        print(results_table(results) if results else none, flush=True)
         if self.config.sweep and results:
             self._rank(results)
         return failures

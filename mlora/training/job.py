@@ -7,9 +7,11 @@ company and resumes exactly.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +74,7 @@ class Job:
         self.step = self.row = self.micro_batches = self.skipped = 0
         self.micro_batch_size = config.micro_batch_size
         self.method = model.adapters[self.name]
+        self._digest, self._base = digest(samples), model.fingerprint
         self.to_examine = False
         named = model.adapter_parameters(self.name)
         self.parameters = [parameter for _, parameter in named]
@@ -98,7 +101,8 @@ class Job:
         """What a checkpoint can only be resumed with."""
         only_measured = {"evaluate_steps", "evaluate_batch_size", "eval_data", "eval_limit"}
         described = self.config.model_dump(mode="json", exclude=only_measured)
-        return described | {"random_seed": self.seed, "rows": len(self.samples)}
+        read = {"rows": len(self.samples), "digest of rows": self._digest, "digest of base model": self._base}
+        return described | {"random_seed": self.seed} | read
 
     @property
     def epoch(self) -> int:
@@ -238,6 +242,15 @@ class _Step:
     @classmethod
     def of(cls, rows: list[Row]) -> _Step:
         return cls(rows, sum(map(_targets, rows)), sum(len(row.input_ids) for row in rows))
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """Return a digest of rows in their order."""
+    found = hashlib.sha256()
+    for sample in samples:
+        for numbers in (sample.input_ids, sample.labels, (-1 if sample.class_id is None else sample.class_id,)):
+            found.update(array("q", [len(numbers), *numbers]).tobytes())
+    return found.hexdigest()[:16]
 
 
 def _targets(row: Row) -> int:
