@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.step import METHODS, SHAPES, build
+from benchmarks.step import build
+from benchmarks.work import METHODS, SHAPES
 from mlora.config import JobConfig, RunConfig, parse_adapter
 from mlora.data import Sample
 from mlora.training.checkpoint import Checkpoints

@@ -21,7 +21,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from benchmarks.step import SHAPES, build
+from benchmarks.step import build
+from benchmarks.work import SHAPES
 from mlora import MultiAdapterModel
 from mlora.model import load
 from mlora.model.generate import complete
