@@ -111,7 +111,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scal
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if scaling is not None and scaling != q.shape[-1] ** -0.5:
         q = q * (scaling * q.shape[-1] ** 0.5)
-    q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
+    q, k, v = (t.transpose(1, 2).squeeze(0) for t in (q, k, v))  # indexing [0] would copy all gradients
     out: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, **CAUSAL)
     return out[None]
 

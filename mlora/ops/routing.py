@@ -11,9 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlora import ops
+
 
 def router_logits(x: Tensor, router: Tensor) -> Tensor:
     """Return R x in float32: x [n, D], router [E, D] -> [n, E]."""
+    if ops.fused_available(x):
+        from mlora.ops.fused.router import fused_router_logits
+
+        return fused_router_logits(x, router)
     return F.linear(x.float(), router.float())
 
 

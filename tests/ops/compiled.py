@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from mlora import ops
 from mlora.ops import fused
+from mlora.ops.fused.router import fused_router_logits
 
 
 class NoGpu:
@@ -45,7 +46,13 @@ def main() -> None:
         for routed, dropout in ((False, 0.1), (True, 0.1), (True, 0.0)):
             linear(dtype, routed, dropout)
             block(dtype, routed, dropout)
+        router(dtype)
     print(*sorted(set(compiled)))
+
+
+def router(dtype: torch.dtype) -> None:
+    x = torch.zeros(64, 96, dtype=dtype, requires_grad=True)
+    fused_router_logits(x, torch.zeros(8, 96, requires_grad=True)).sum().backward()
 
 
 def linear(dtype: torch.dtype, routed: bool, p: float) -> None:

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from mlora import ops  # noqa: E402
 from mlora.ops import fused  # noqa: E402
 from mlora.ops.fused.groups import grouped, joined  # noqa: E402
+from mlora.ops.fused.router import fused_router_logits  # noqa: E402
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Largest difference, relative to the largest value of a tensor."""
@@ -117,6 +118,21 @@ def test_groups_and_factors(bias: bool, dtype: torch.dtype) -> None:
         same(found, wanted, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "hidden", "experts"), [(70, 200, 8), (5, 33, 3), (33, 64, 20)])
+def test_router_logits(tokens: int, hidden: int, experts: int, dtype: torch.dtype) -> None:
+    """In float32 whatever the dtype of x, whose own gradient alone is rounded to it."""
+    torch.manual_seed(tokens)
+    x, router = draw(tokens, hidden, dtype=dtype).requires_grad_(), draw(experts, hidden).requires_grad_()
+    found = fused_router_logits(x, router)
+    expected = nn.functional.linear(x.float(), router)
+    same(found, expected, torch.float32)
+    upstream = draw(tokens, experts)
+    (of_x, of_router), (wanted_x, wanted_router) = (gradients(y, upstream, [x, router]) for y in (found, expected))
+    same(of_router, wanted_router, torch.float32)
+    same(of_x, wanted_x.float(), dtype)
+
+
 def test_only_neighbours_of_one_form_and_length_are_a_group() -> None:
     spans = [slice(0, 4), slice(4, 8), slice(8, 11), slice(11, 14), slice(15, 18), slice(18, 21)]
     forms = ["a", "a", "a", "a", "a", "b"]
@@ -188,8 +204,8 @@ def test_feed_forward(tokens, hidden, inner, num_experts, k, rank, p, activation
         inside = slice(group * tokens, (group + 1) * tokens)
         pairs = []
         for name, i, o in (("gate", hidden, inner), ("up", hidden, inner), ("down", inner, hidden)):
-            a = draw(num_experts, rank, i, scale=0.3).requires_grad_()
-            b = draw(num_experts, o, rank, scale=0.3).requires_grad_()
+            a = draw(num_experts, rank, i, scale=0.5 / rank**0.5).requires_grad_()
+            b = draw(num_experts, o, rank, scale=0.5 / rank**0.5).requires_grad_()
             pairs.append(None if name in without.split() else (a, b))
         routed = num_experts > 1
         chosen, picked = draw(tokens, num_experts).softmax(-1).topk(k)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mlora.ops.dora import frozen_weight
+from mlora.ops.fused.choices import Choices
 from mlora.ops.fused.gated import Middle, gated, gated_grad
 from mlora.ops.fused.groups import dropout_form, form_of, grouped, joined, joined_dropout
 from mlora.ops.fused.masks import Dropout, dropout_of
@@ -92,27 +93,12 @@ class _Pair(NamedTuple):
 
 
 class _Stacks(NamedTuple):
-    """The tensors of a group; None for what it has not.
-
-    Attributes:
-        gate, up, down: of its layers.
-        weights, experts: [N, k] of all its tokens.
-        chosen: [G, k, n, E] bool, whether an expert is a token's j-th choice.
-    """
+    """The tensors of a group: of its layers, and whom its tokens chose; None for what it has not."""
 
     gate: _Pair | None
     up: _Pair | None
     down: _Pair | None
-    weights: Tensor | None
-    experts: Tensor | None
-    chosen: Tensor | None
-
-    def apart(self, dtype: torch.dtype) -> list[Tensor | None]:
-        """Return whose updates are part of g_1 and of g_2 - g_1, factors [N, E]; [None] for one expert for all."""
-        if self.chosen is None:
-            return [None]
-        first, *more = (chosen.flatten(0, 1).to(dtype) for chosen in self.chosen.unbind(1))
-        return [first, *(other - first for other in more)]
+    choices: Choices | None
 
 
 class _First(NamedTuple):
@@ -167,7 +153,7 @@ class _FeedForward(torch.autograd.Function):
             codes = None
             if own.down is not None and kept is not None:
                 of_choices = product(kept.view(-1, kept.shape[-1]), narrow(own.down.a, x.dtype).mT)
-                codes = _chosen_sum(of_choices, own)
+                codes = of_choices if own.choices is None else own.choices.sum(of_choices)
                 addends.append(Addend(group.tokens, codes, wide(own.down.b, x.dtype), group.form.scaling))
             every.append(_Kept(first.codes, second.codes, first.more, second.more, codes))
         ctx.layers, ctx.groups = layers, groups
@@ -190,14 +176,14 @@ class _FeedForward(torch.autograd.Function):
             own, t = _stacked(group, owned), group.tokens
             middle = _middle(group, own, gate, up, kept.gate_more, kept.up_more)
             down_grad, of_down_b = _of_down(group, own, kept.down_codes, grad[t])
-            alone = None if down_grad is None else _alone(down_grad, own)
-            by_updates = None
-            if alone is not None and own.down is not None:
+            by_updates = weighted = None
+            if own.down is not None and down_grad is not None:
+                alone, weighted = (down_grad, down_grad) if own.choices is None else own.choices.alone(down_grad)
                 by_updates = product(alone, narrow(own.down.a, grad.dtype)).view(middle.shape)
             found = gated_grad(middle, hidden_grad[t], by_updates, gate_grad[t], up_grad[t])
             of_down_a = _none(group)
-            if alone is not None and own.down is not None and found.kept is not None:
-                of_down_a = gradients_of_a(_weighted(alone, own), found.kept.view(-1, found.kept.shape[-1]), own.down.a)
+            if own.down is not None and weighted is not None and found.kept is not None:
+                of_down_a = gradients_of_a(weighted, found.kept.view(-1, found.kept.shape[-1]), own.down.a)
             of_gate = _of_first(group, own, own.gate, x[t], kept.gate_codes, gate_grad[t], found.gate_more, 0)
             of_up = _of_first(group, own, own.up, x[t], kept.up_codes, up_grad[t], found.up_more, 1)
             of_weights = _none(group) if found.weights is None else found.weights.chunk(_count(group))
@@ -230,9 +216,9 @@ def _first(group: _Group, own: _Stacks, pair: _Pair | None, x: Tensor, dropout: 
     t, scaling = group.tokens, group.form.scaling
     codes = product(drop(x[t], dropout), narrow(pair.a, x.dtype).mT)
     matrices = wide(pair.b, x.dtype)
-    first, *rest = (_of_experts(codes, factors) for factors in own.apart(x.dtype))
+    first, other = (codes, None) if own.choices is None else own.choices.apart(codes)
     more = None
-    for other in rest:
+    if other is not None:
         more = codes.new_empty((len(codes), matrices.shape[-1]))
         add_up(more, other, matrices, scaling, beta=0.0)
     return _First(codes, [Addend(t, first, matrices, scaling)], more)
@@ -254,13 +240,17 @@ def _of_first(
     if pair is None or codes is None:
         return _OfFirst(None, _none(group), _none(group))
     scaling, matrices = group.form.scaling, wide(pair.b, grad.dtype).mT
-    grads = [grad] if more_grad is None else [grad, more_grad]
-    terms = list(zip(grads, own.apart(grad.dtype), strict=True))
-    first, *rest = (_of_experts(product(own_grad, matrices), factors) for own_grad, factors in terms)
-    of_codes = sum(rest, first) * scaling
-    of_b = [gradients_of_b(_of_experts(codes, factors), own_grad, pair.b, scaling) for own_grad, factors in terms]
-    summed = [sum(each) for each in zip(*of_b, strict=True)] if len(of_b) > 1 else of_b[0]
-    return _OfFirst(of_codes, gradients_of_a(of_codes, x, pair.a, group.dropouts[layer]), summed)
+    first, more = (codes, None) if own.choices is None else own.choices.apart(codes)
+    of_b = gradients_of_b(first, grad, pair.b, scaling)
+    if more is not None and more_grad is not None:
+        torch._foreach_add_(of_b, gradients_of_b(more, more_grad, pair.b, scaling))
+    of_codes = product(grad, matrices)
+    if own.choices is None:
+        of_codes = of_codes * scaling
+    else:
+        of_more = None if more_grad is None else product(more_grad, matrices)
+        of_codes = own.choices.join(of_codes, of_more, scaling)
+    return _OfFirst(of_codes, gradients_of_a(of_codes, x, pair.a, group.dropouts[layer]), of_b)
 
 
 def _of_down(
@@ -278,51 +268,13 @@ def _middle(
 ) -> Middle:
     t = group.tokens
     return Middle(
-        gate[t], up[t], gate_more, up_more, own.weights, own.experts, _count(group), group.form.activation,
+        gate[t], up[t], gate_more, up_more, own.choices, _count(group), group.form.activation,
         group.dropouts[2], own.down is not None,
     )  # fmt: skip
 
 
 def _none(group: _Group) -> Sequence[Tensor | None]:
     return [None] * _count(group)
-
-
-def _of_experts(codes: Tensor, factors: Tensor | None) -> Tensor:
-    """Return codes [N, E r] times the factors [N, E] of their experts."""
-    if factors is None:
-        return codes
-    return (codes.unflatten(1, (factors.shape[1], -1)) * factors[..., None]).flatten(1)
-
-
-def _alone(codes: Tensor, own: _Stacks) -> Tensor:
-    """Return codes [G k n, E r], zero but for each choice's expert, from [N, E r]."""
-    if own.chosen is None:
-        return codes
-    groups, _, _, experts = own.chosen.shape
-    apart = codes.unflatten(1, (experts, -1)).unflatten(0, (groups, 1, -1))
-    return (apart * own.chosen[..., None]).flatten(3).flatten(0, 2)
-
-
-def _weighted(codes: Tensor, own: _Stacks) -> Tensor:
-    """Return codes [G k n, E r] times the weights of the choices."""
-    if own.weights is None or own.chosen is None:
-        return codes
-    return codes * _by_choice(own.weights, own.chosen).flatten()[:, None].to(codes.dtype)
-
-
-def _chosen_sum(codes: Tensor, own: _Stacks) -> Tensor:
-    """Return sum_j w_j of codes [G k n, E r], of each choice's expert alone: [N, E r]."""
-    if own.weights is None or own.chosen is None:
-        return codes
-    groups, k, _, experts = own.chosen.shape
-    factors = own.chosen * _by_choice(own.weights, own.chosen)[..., None]
-    apart = codes.unflatten(1, (experts, -1)).unflatten(0, (groups, k, -1))
-    return (apart * factors[..., None].to(codes.dtype)).sum(1).flatten(2).flatten(0, 1)
-
-
-def _by_choice(weights: Tensor, chosen: Tensor) -> Tensor:
-    """Return weights [G, k, n], from [N, k]."""
-    return weights.unflatten(0, (len(chosen), -1)).transpose(1, 2)
 
 
 def _owned(tensors: Sequence[Any]) -> list[Own]:
@@ -354,12 +306,9 @@ def _stacked(group: _Group, owned: Sequence[Own]) -> _Stacks:
     gate, up, down = (
         None if a is None or b is None else _Pair(a, b) for a, b in zip(columns[:6:2], columns[1:6:2], strict=True)
     )
-    if columns[6] is None:
-        return _Stacks(gate, up, down, None, None, None)
-    weights, experts = joined(columns[6]), joined(columns[7])
-    by_choice = experts.unflatten(0, (_count(group), -1)).transpose(1, 2)
-    chosen = by_choice[..., None] == torch.arange(group.form.num_experts, device=experts.device)
-    return _Stacks(gate, up, down, weights, experts, chosen)
+    weights, experts = columns[6:]
+    choices = None if weights is None else Choices(joined(weights), joined(experts), group.form.rank, _count(group))
+    return _Stacks(gate, up, down, choices)
 
 
 def _count(group: _Group) -> int:

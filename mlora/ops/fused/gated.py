@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlora.ops.fused.choices import Choices
 from mlora.ops.fused.masks import Dropout, dropped_out, mask_bits, mask_settings, token_keys
 from mlora.ops.fused.products import half_of
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _VARYING = ["tokens", "salt", "dropped"]
-FORWARD = {"BT": 4, "BI": 256, "num_warps": 4}
-BACKWARD = {"BT": 4, "BI": 256, "num_warps": 8}
+FORWARD = {"BT": 4, "BI": 128, "num_warps": 4}
+BACKWARD = {"BT": 8, "BI": 128, "num_warps": 8}
 """Sizes of tiles, of each half of the features, and warps."""
 
 
@@ -192,7 +193,7 @@ class Middle(NamedTuple):
     Attributes:
         gate, up: g_1 and u_1 [N, I], contiguous.
         gate_more, up_more: g' and u' [N, I]; None where all choices have the same.
-        weights, experts: [N, k], float32 and int64; None for one choice of weight 1.
+        choices: None for one of weight 1.
         groups: G.
         activation: one of ACTIVATIONS.
         dropout: of h_j, each expert's own.
@@ -203,22 +204,21 @@ class Middle(NamedTuple):
     up: Tensor
     gate_more: Tensor | None
     up_more: Tensor | None
-    weights: Tensor | None
-    experts: Tensor | None
+    choices: Choices | None
     groups: int
     activation: str
     dropout: Dropout | None
     keep: bool
 
     @property
-    def choices(self) -> int:
-        """Their number k."""
-        return 1 if self.weights is None else self.weights.shape[1]
-
-    @property
     def shape(self) -> tuple[int, int, int, int]:
         """[G, k, n, I]."""
-        return self.groups, self.choices, len(self.gate) // self.groups, self.gate.shape[1]
+        count = 1 if self.choices is None else self.choices.per_token
+        return self.groups, count, len(self.gate) // self.groups, self.gate.shape[1]
+
+    def chosen(self, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights and experts for arguments of a kernel, which does not read them where there are none."""
+        return (other, other) if self.choices is None else self.choices[:2]
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -229,8 +229,8 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 def _settings(of: Middle, keep: bool) -> dict[str, Any]:
     return mask_settings(of.dropout) | {
         "ACT": ACTIVATIONS[of.activation],
-        "K": of.choices,
-        "WEIGHTED": of.weights is not None,
+        "K": of.shape[1],
+        "WEIGHTED": of.choices is not None,
         "GATE": of.gate_more is not None,
         "UP": of.up_more is not None,
         "KEEP": keep,
@@ -240,14 +240,14 @@ def _settings(of: Middle, keep: bool) -> dict[str, Any]:
 def gated(of: Middle, hidden: Tensor) -> Tensor | None:
     """Write h to `hidden` [N, I], and return d(h_j) [G, k, n, I] where it is kept."""
     _, _, tokens, features = of.shape
-    keep = of.keep and (of.dropout is not None or of.weights is not None)  # otherwise d(h) is h
+    keep = of.keep and (of.dropout is not None or of.choices is not None)  # otherwise d(h) is h
     kept = of.gate.new_empty(of.shape) if keep else hidden
     tiles = triton.cdiv(tokens, FORWARD["BT"]), triton.cdiv(half_of(features), FORWARD["BI"]), of.groups
     if tokens:
         _gated[tiles](
-            of.gate, _or(of.gate_more, hidden), of.up, _or(of.up_more, hidden), _or(of.weights, hidden),
-            _or(of.experts, hidden), hidden, kept, hidden if of.dropout is None else of.dropout.keys, tokens, features,
-            half_of(features), **_settings(of, keep), **FORWARD,
+            of.gate, _or(of.gate_more, hidden), of.up, _or(of.up_more, hidden), *of.chosen(hidden), hidden, kept,
+            hidden if of.dropout is None else of.dropout.keys, tokens, features, half_of(features),
+            **_settings(of, keep), **FORWARD,
         )  # fmt: skip
     return kept.view(of.shape) if of.keep else None
 
@@ -280,11 +280,11 @@ def gated_grad(of: Middle, hidden_grad: Tensor, down: Tensor | None, gate_grad: 
     gate_more, up_more = (None if more is None else more.new_empty(more.shape) for more in (of.gate_more, of.up_more))
     kept = None if down is None else of.gate.new_empty(of.shape)
     tiles = triton.cdiv(tokens, BACKWARD["BT"]), triton.cdiv(half_of(features), BACKWARD["BI"]), of.groups
-    sums = None if of.weights is None else of.weights.new_zeros((tiles[1], *of.weights.shape))
+    sums = None if of.choices is None else of.choices.weights.new_zeros((tiles[1], *of.choices.weights.shape))
     if tokens:
         _gated_grad[tiles](
             of.gate, _or(of.gate_more, of.gate), of.up, _or(of.up_more, of.up), hidden_grad, _or(down, of.gate),
-            _or(of.weights, of.gate), _or(of.experts, of.gate), gate_grad, _or(gate_more, of.gate), up_grad,
+            *of.chosen(of.gate), gate_grad, _or(gate_more, of.gate), up_grad,
             _or(up_more, of.up), _or(kept, of.gate), _or(sums, of.gate),
             of.gate if of.dropout is None else of.dropout.keys, tokens, features, half_of(features),
             **_settings(of, down is not None), **BACKWARD,

@@ -2,7 +2,7 @@
 
     dropout    d(x)
     add        y += d(p)           in place, for one or two products p
-    outer      M' = s c^T d(x)     in two passes, so that sums have one order; float32
+    outer      M' = c^T d(x)       in two passes, so that sums have one order; float32
 
 The tokens of a group of G adapters follow one another, n for each, so that one launch serves all of them.
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from mlora.ops.fused.masks import Dropout, dropped_out, mask_bits, mask_settings, token_keys
+from mlora.ops.fused.masks import Dropout, dropped_out, mask_bits, token_keys
 
 PROGRAMS = 264
 """Programs wanted in flight: two for each multiprocessor of an H100."""
@@ -69,17 +69,16 @@ def _add_dropped(
 
 @triton.jit(do_not_specialize=VARYING)
 def _outer(
-    codes, x, out, keys, tokens, features, half, columns, rank, blocks, x_token, m_split, m_group, m_expert, m_rank,
-    m_feature, share, scale, salt, dropped, DROP: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
-    BF: tl.constexpr, BC: tl.constexpr,
+    codes, x, out, keys, tokens, features, half, columns, blocks, x_token, share, salt, dropped,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     group = (tl.program_id(2) // blocks).to(tl.int64)
     c = (tl.program_id(2) % blocks) * BC + tl.arange(0, BC)
     f = tl.program_id(0) * BF + tl.arange(0, BF)
     wanted = c < columns
     left, right = f < half, f < features - half
-    totals = tl.zeros((BC, BF), tl.float32)
-    right_totals = tl.zeros((BC, BF), tl.float32)
+    total = tl.zeros((BC, BF), tl.float32)
+    right_total = tl.zeros((BC, BF), tl.float32)
     first = tl.program_id(1) * share
     for base in range(first, tl.minimum(first + share, tokens), BT):
         own = base + tl.arange(0, BT)
@@ -87,19 +86,16 @@ def _outer(
         t = group * tokens + own
         code = tl.load(codes + t[:, None] * columns + c[None, :], mask=live[:, None] & wanted[None, :], other=0.0)
         code = tl.trans(code)
-        place = x + t[:, None] * x_token + f[None, :]
-        part = tl.load(place, mask=live[:, None] & left[None, :], other=0.0)
-        right_part = tl.load(place + half, mask=live[:, None] & right[None, :], other=0.0)
-        if DROP:
-            bits = mask_bits(token_keys(keys, t, live, 0, salt, False), f)
-            part = dropped_out(part, bits, dropped, 0)
-            right_part = dropped_out(right_part, bits, dropped, 1)
-        totals += tl.dot(code, part, input_precision=PRECISION)
-        right_totals += tl.dot(code, right_part, input_precision=PRECISION)
-    out += tl.program_id(1).to(tl.int64) * m_split + group * m_group
-    place = out + ((c // rank) * m_expert + (c % rank) * m_rank)[:, None] + f[None, :] * m_feature
-    tl.store(place, totals * scale, mask=wanted[:, None] & left[None, :])
-    tl.store(place + half * m_feature, right_totals * scale, mask=wanted[:, None] & right[None, :])
+        source = x + t[:, None] * x_token + f[None, :]
+        bits = mask_bits(token_keys(keys, t, live, 0, salt, False), f)
+        part = tl.load(source, mask=live[:, None] & left[None, :], other=0.0)
+        total += tl.dot(code, dropped_out(part, bits, dropped, 0), input_precision=PRECISION)
+        part = tl.load(source + half, mask=live[:, None] & right[None, :], other=0.0)
+        right_total += tl.dot(code, dropped_out(part, bits, dropped, 1), input_precision=PRECISION)
+    out += (tl.program_id(1) * (tl.num_programs(2) // blocks) + group) * columns * features
+    place = out + c[:, None] * features + f[None, :]
+    tl.store(place, total, mask=wanted[:, None] & left[None, :])
+    tl.store(place + half, right_total, mask=wanted[:, None] & right[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -137,7 +133,7 @@ def half_of(features: int) -> int:
     return (features + 1) // 2
 
 
-def _shares(work: int, block: int, programs: int) -> tuple[int, int]:
+def shares(work: int, block: int, programs: int) -> tuple[int, int]:
     """Return (parts, length of each) of `work`, a multiple of `block`, for about PROGRAMS programs in all."""
     blocks = triton.cdiv(work, block)
     parts = max(1, min(PROGRAMS // max(programs, 1), blocks // 4))
@@ -241,34 +237,43 @@ def frozen_product(layer: nn.Module, x: Tensor, addends: Sequence[Addend]) -> Te
 
 def gradients_of_a(codes: Tensor, x: Tensor, stack: Sequence[Tensor], dropout: Dropout | None = None) -> list[Tensor]:
     """Return c^T d(x) in the shape of each A ([E,] r, F), float32, from codes [N, R] and x [N, F]."""
-    like = stack[0]
-    return _outer_of(codes, x, like, like.reshape(-1, *like.shape[-2:]), len(stack), 1.0, dropout)
+    summed = (
+        summed_products(codes, x, len(stack)) if dropout is None else _masked_products(codes, x, len(stack), dropout)
+    )
+    return [own.view(a.shape) for own, a in zip(summed, stack, strict=True)]
 
 
 def gradients_of_b(codes: Tensor, grad: Tensor, stack: Sequence[Tensor], scale: float) -> list[Tensor]:
     """Return s g^T c in the shape of each B ([E,] F, r), float32, from codes [N, R] and gradients g [N, F]."""
-    like = stack[0]
-    view = like.reshape(-1, *like.shape[-2:]).transpose(1, 2)
-    return _outer_of(codes, grad, like, view, len(stack), scale, None)
+    summed = summed_products(grad, codes, len(stack)).mul_(scale)
+    if stack[0].ndim == 3:
+        summed = summed.unflatten(2, (len(stack[0]), -1)).transpose(1, 2).contiguous()
+    return list(summed.unbind(0))
 
 
-def _outer_of(
-    codes: Tensor, x: Tensor, like: Tensor, view: Tensor, groups: int, scale: float, dropout: Dropout | None
-) -> list[Tensor]:
-    """Return s c^T d(x) of each adapter, laid out as `like`, of which `view` is [E, r, F]."""
-    experts, rank, features = view.shape
-    columns, tokens, half = experts * rank, len(x) // groups, half_of(features)
-    block = columns_block(columns)
-    blocks = triton.cdiv(columns, block)
-    tiles = triton.cdiv(half, 64)
-    parts, share = _shares(max(tokens, 1), 64, tiles * blocks * groups)
-    partial = x.new_empty((parts, groups, *like.shape), dtype=torch.float32)
+def summed_products(left: Tensor, right: Tensor, groups: int) -> Tensor:
+    """Return l^T r of each adapter's tokens [G, A, B], float32, from l [N, A] and r [N, B]."""
+    if left.dtype == torch.float32 or not left.is_cuda:
+        left, right = left.float(), right.float()
+    if groups == 1:
+        found = torch.mm(left.mT, right) if left.dtype == torch.float32 else torch.mm(left.mT, right, torch.float32)
+        return found[None]
+    left, right = left.unflatten(0, (groups, -1)).mT, right.unflatten(0, (groups, -1))
+    return torch.bmm(left, right) if left.dtype == torch.float32 else torch.bmm(left, right, torch.float32)
+
+
+def _masked_products(codes: Tensor, x: Tensor, groups: int, dropout: Dropout) -> Tensor:
+    """Return c^T d(x) of each adapter [G, R, F], float32."""
+    columns, features = codes.shape[1], x.shape[1]
+    tokens, half, block = len(x) // groups, half_of(features), columns_block(columns)
+    blocks, tiles = triton.cdiv(columns, block), triton.cdiv(half, 64)
+    parts, share = shares(max(tokens, 1), 64, tiles * blocks * groups)
+    partial = x.new_empty((parts, groups, columns, features), dtype=torch.float32)
     _outer[(tiles, parts, blocks * groups)](
-        codes.contiguous(), x, partial, x if dropout is None else dropout.keys, tokens, features, half, columns, rank,
-        blocks, x.stride(0), groups * like.numel(), like.numel(), *view.stride(), share, scale,
-        **mask_settings(dropout), PRECISION=precision(x), BT=64, BF=64, BC=block, num_warps=8,
+        codes.contiguous(), x, partial, dropout.keys, tokens, features, half, columns, blocks, x.stride(0), share,
+        dropout.salt, dropout.dropped, PRECISION=precision(x), BT=64, BF=64, BC=block, num_warps=8,
     )  # fmt: skip
-    return list((partial[0] if parts == 1 else partial.sum(0)).unbind(0))
+    return partial[0] if parts == 1 else partial.sum(0)
 
 
 def rescale_grad(grad: Tensor, out: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,7 +284,7 @@ def rescale_grad(grad: Tensor, out: Tensor, factors: Tensor) -> tuple[Tensor, Te
     groups, features = factors.shape
     tokens = len(grad) // groups
     tiles = triton.cdiv(features, 128)
-    parts, share = _shares(max(tokens, 1), 32, tiles * groups)
+    parts, share = shares(max(tokens, 1), 32, tiles * groups)
     scaled = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     sums = factors.new_empty((parts, groups, features), dtype=torch.float32)
     _rescale_grad[(tiles, parts, groups)](grad, out, factors, scaled, sums, tokens, features, share, BT=32, BF=128)
