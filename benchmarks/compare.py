@@ -5,7 +5,7 @@
 Every program runs as a process of its own, A B A B, and is given the time that is left of `--minutes`; what one prints
 is kept at once in `SLICE.jsonl`, so neither a crash nor a limit loses what was measured. The table is printed and kept
 in `SLICE.md`. Microseconds are per real token, medians over the rounds; MFU holds the frozen model's operations against
-the rate of a large product measured in the same call; a gradient whose norm is 0 is marked.
+the rate of a large product measured in the same call, on a GPU; a gradient whose norm is 0 is marked.
 
 transformers and PEFT are rivals wherever they are installed, and Liger. The others are looked for where flags say:
 `--rivals` holds their steps, predecessor.py and unsloth_step.py; `--sites` a folder of packages for each, `mlora052`
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from benchmarks.work import METHODS, SHAPES, Work
 
 ALL = tuple(METHODS)
 RATE = ("-m", "benchmarks.work")
+"""Prints the rate of a large product."""
 Figures = dict[str, Any]
 
 
@@ -108,7 +109,15 @@ class Place:
     ) -> Program:  # fmt: skip
         works = tuple(works)
         command = ("-m", module, shape, *works, "--device", self.device, "--steps", str(self.steps), *flags)
-        return Program(name, shape, command, works, f"no {' and no '.join(absent)}" if absent else None)
+        return Program(name, shape, command, works, _lacking(absent))
+
+    def packing(self, shape: str, programs: Sequence[str], *flags: str) -> Program:
+        """Return what trains rows of real lengths; a line says for itself how they were laid out."""
+        name, absent = "ours", ()
+        if "peft" in programs:
+            name, absent = "PEFT", () if find_spec("peft") else ("peft",)
+        command = ("-m", "benchmarks.packing", shape, *programs, "--device", self.device, *flags)
+        return Program(name, shape, command, (), _lacking(absent))
 
     def _script(self, name: str) -> Path:
         return (self.rivals or Path()) / name
@@ -117,7 +126,11 @@ class Place:
         if self.rivals is None or self.sites is None:
             return "--rivals and --sites are not given", {}
         absent = [str(path) for path in (self.rivals / script, self.sites / site) if not path.exists()]
-        return f"no {' and no '.join(absent)}" if absent else None, {"PYTHONPATH": str(self.sites / site)}
+        return _lacking(absent), {"PYTHONPATH": str(self.sites / site)}
+
+
+def _lacking(absent: Sequence[str]) -> str | None:
+    return f"no {' and no '.join(absent)}" if absent else None
 
 
 def mixtures_7b(place: Place) -> list[Program]:
@@ -129,15 +142,21 @@ def mixtures_7b(place: Place) -> list[Program]:
 
 
 def lora_7b(place: Place) -> list[Program]:
-    folder = Path(tempfile.gettempdir()) / "unsloth-7b"
     return [
-        place.unsloth_model(folder),
         place.ours("7b", ["lora", "dora"]),
         place.ours("7b", ["lora", "dora"], "--recompute", "all", name="ours, recompute"),
         place.peft("7b", ["lora", "dora"]),
         place.peft("7b", ["lora", "dora"], "--recompute"),
         place.peft("7b", ["lora"], "--liger"),
         place.peft("7b", ["lora"], "--recompute", "--liger"),
+    ]
+
+
+def unsloth_7b(place: Place) -> list[Program]:
+    folder = Path(tempfile.gettempdir()) / "unsloth-7b"
+    return [
+        place.unsloth_model(folder),
+        place.ours("7b", ["lora"]),
         place.unsloth(folder, "false", "0"),
         place.unsloth(folder, "true", "0.05"),
         place.unsloth(folder, "unsloth", "0"),
@@ -173,7 +192,7 @@ def fused(place: Place) -> list[Program]:
 
 def seed(place: Place) -> list[Program]:
     # forward and backward apart, so without CUDA graphs; means of ten
-    ten = Place(place.device, place.rivals, place.sites, steps=10)
+    ten = replace(place, steps=10)
     return [
         ten.ours("7b", ALL[:4], "--recompute", "all", plain=True, name="ours, plain launches, recompute"),
         ten.ours("7b", ALL[:4], "--recompute", "all", "--compile", plain=True, name="ours, compiled, recompute"),
@@ -182,16 +201,31 @@ def seed(place: Place) -> list[Program]:
     ]
 
 
-def cpu(place: Place) -> list[Program]:
-    """SmolLM2 in float32 and bf16: ours, PEFT's, and four jobs in one batch."""
+def packing(place: Place) -> list[Program]:
     programs = []
-    for dtype in "float32", "bfloat16":
-        flags = ("--base_model", "smollm2", "--dtype", dtype)
-        name = f"ours, {dtype}"
-        programs.append(place.ours("135m", ["lora@4x64", "lora*4@4x64", "lora*4@1x64", "lora@1x64"], *flags, name=name))
-        theirs = place.peft("135m", ["lora@4x64", "lora@1x64"], *flags)
-        programs.append(Program(f"PEFT, {dtype}", *list(vars(theirs).values())[1:]))
+    for shape in "7b", "135m":
+        programs.append(place.packing(shape, ["packed+graphs", "packed", "padded"]))
+        programs.append(place.packing(shape, ["peft"]))
+        programs.append(place.packing(shape, ["packed+graphs", "packed", "padded"], "--adapters", "8"))
     return programs
+
+
+def packing_cpu(place: Place) -> list[Program]:
+    few = ("--base_model", "smollm2", "--rows", "8", "--batches", "2")
+    return [place.packing("135m", ["packed", "padded"], *few), place.packing("135m", ["peft"], *few)]
+
+
+def cpu_float32(place: Place) -> list[Program]:
+    return _smollm2(replace(place, steps=4), "float32")
+
+
+def cpu_bfloat16(place: Place) -> list[Program]:
+    return _smollm2(replace(place, steps=4), "bfloat16")
+
+
+def _smollm2(place: Place, dtype: str) -> list[Program]:
+    works, flags = ["lora@4x64", "lora@1x64", "lora*4@1x64"], ("--base_model", "smollm2", "--dtype", dtype)
+    return [place.ours("135m", works, *flags), place.peft("135m", works[:2], *flags)]
 
 
 def tiny(place: Place) -> list[Program]:
@@ -207,11 +241,15 @@ def tiny(place: Place) -> list[Program]:
 SLICES: dict[str, Callable[[Place], list[Program]]] = {
     "mixtures-7b": mixtures_7b,
     "lora-7b": lora_7b,
+    "unsloth-7b": unsloth_7b,
     "long-7b": long_7b,
     "small": small,
     "fused": fused,
     "seed": seed,
-    "cpu": cpu,
+    "packing": packing,
+    "packing-cpu": packing_cpu,
+    "cpu-float32": cpu_float32,
+    "cpu-bfloat16": cpu_bfloat16,
     "tiny": tiny,
 }
 
@@ -269,7 +307,8 @@ def labelled(program: Program, figures: Figures) -> Figures:
         own["work"] = str(Work.parse(work, program.shape))
     if "gradient_norm" in own:
         own["gradient_norms"] = own.pop("gradient_norm")
-    return own | {"program": program.name, "shape": program.shape}
+    variant = f", {own['variant']}" if "variant" in own else ""
+    return own | {"program": program.name + variant, "shape": program.shape}
 
 
 def measure(name: str, place: Place, rounds: int, minutes: float, folder: Path) -> list[Figures]:
@@ -285,8 +324,9 @@ def measure(name: str, place: Place, rounds: int, minutes: float, folder: Path) 
             print(json.dumps(figures), file=sys.stderr, flush=True)
 
         programs = SLICES[name](place)
-        rate = Program("rate", "", (*RATE, place.device), ())
-        for program in (rate, *(program for _ in range(rounds) for program in programs)):
+        rate = Program("rate", "", RATE, ())
+        first = (rate,) if place.device == "cuda" else ()
+        for program in (*first, *(program for _ in range(rounds) for program in programs)):
             own = {"program": program.name, "shape": program.shape}
             before = [line for line in found if line["program"] == program.name and line["shape"] == program.shape]
             left = deadline - time.monotonic()
@@ -305,14 +345,14 @@ def measure(name: str, place: Place, rounds: int, minutes: float, folder: Path) 
     return found
 
 
-COLUMNS = ("program", "adapters", "us/token", "forward + backward + optimizer, ms", "peak GiB", "MFU", "gradients",
-           "first step, s", "times the first")  # fmt: skip
+COLUMNS = ("program", "adapters", "us/token", "tokens/s", "forward + backward + optimizer, ms", "peak GiB", "MFU",
+           "gradients", "first step, s", "times the first")  # fmt: skip
 
 
 def table(found: list[Figures]) -> str:
     """Return a slice's lines as a Markdown table for each shape, one line for a program and work, and what failed."""
     rate = next((line["flops_per_second"] for line in found if "flops_per_second" in line), None)
-    out = [f"bf16 product of 8192: {rate / 1e12:.0f} TFLOP/s" if rate and rate > 1e13 else _slow(rate)]
+    out = [] if rate is None else [f"bf16 product of 8192: {rate / 1e12:.0f} TFLOP/s"]
     measured: dict[tuple[str, str, str], list[Figures]] = {}
     for line in found:
         if "us_per_token" in line:
@@ -334,12 +374,6 @@ def table(found: list[Figures]) -> str:
 def _told(line: Figures) -> str:
     who = " ".join(part for part in (line["program"], line["shape"], line.get("work", "")) if part)
     return f"- {who}: {'absent: ' + line['absent'] if 'absent' in line else line['error']}"
-
-
-def _slow(rate: float | None) -> str:
-    return (
-        "the rate of a large product was not measured" if rate is None else f"product of 1024: {rate / 1e9:.0f} GFLOP/s"
-    )
 
 
 def _first(work: Work, works: list[str], shape: str) -> str:
@@ -364,6 +398,7 @@ def _cells(shape: Any, work: Work, lines: list[Figures], rate: float | None) -> 
     norms = [line.get("gradient_norms") for line in lines]
     return [
         spread,
+        f"{1e6 / us:,.0f}",
         " + ".join(f"{ms:.1f}" for ms in parts.values()) or "-",
         f"{max(line['peak_gib'] for line in lines):.1f}" if all("peak_gib" in line for line in lines) else "-",
         f"{shape.flops_per_token(work.length) / us * 1e6 / rate:.1%}" if rate else "-",

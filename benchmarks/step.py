@@ -12,16 +12,17 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
+from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.work import DROPOUT, METHODS, SHAPES, WARM, Clock, Work, norms, row
 from mlora import Batch, MultiAdapterModel
 from mlora.config import JobConfig, parse_adapter
 from mlora.model.attention import PACKED
-from mlora.model.batch import Row
+from mlora.model.batch import IGNORED, Row
 from mlora.model.graphs import Graphs, Weights
 from mlora.model.load import Origin
 from mlora.model.recompute import WHATS, Recompute
@@ -40,34 +41,59 @@ def build(shape: str, device: str, dtype: str | None = None) -> MultiAdapterMode
     return model
 
 
+def equip(model: MultiAdapterModel, methods: Sequence[str]) -> dict[str, Optimizer]:
+    """Add an adapter of each method and return their optimizers by name."""
+    optimizers = {}
+    for number, method in enumerate(methods):
+        name = model.add_adapter(f"{method}_{number}", parse_adapter(METHODS[method] | {"lora_dropout": DROPOUT}))
+        job = JobConfig(name=name, method=model.adapters[name])
+        optimizers[name] = build_optimizer(job, job.method, model.adapter_parameters(name))
+    model.train()
+    return optimizers
+
+
+def gradients(
+    model: MultiAdapterModel, graphs: Graphs | None, rows: dict[str, list[Row]], number: int, clock: Clock
+) -> None:
+    """Compute the gradients of each adapter's rows, by a graph or plainly; the clock's step is under way."""
+    steps = dict.fromkeys(rows, number)
+    if graphs is None:
+        outputs = model(Batch.pack([row for own in rows.values() for row in own], steps, model.device))
+        loss = torch.stack([output.loss + output.aux_loss for output in outputs.values()]).sum()
+        clock.mark("forward")
+        loss.backward()
+        clock.mark("backward")
+        return
+    weights = {name: Weights(1 / sum(len(row.labels) - row.labels.count(IGNORED) for row in own), 1.0)
+               for name, own in rows.items()}  # fmt: skip
+    if graphs.losses_and_gradients(rows, steps, weights) is None:
+        raise RuntimeError("the step could not be recorded")
+    clock.mark("forward and backward")
+
+
 def measure(
     model: MultiAdapterModel, shape: str, work: Work, steps: int, profiled: int = 0, graphs: Graphs | None = None
 ) -> dict:
     """Time steps of a work; print the kernels that took longest in a further one."""
-    names, optimizers = [], []
-    for number, method in enumerate(work.methods):
-        name = model.add_adapter(f"{method}_{number}", parse_adapter(METHODS[method] | {"lora_dropout": DROPOUT}))
-        names.append(name)
-        job = JobConfig(name=name, method=model.adapters[name])
-        optimizers.append(build_optimizer(job, job.method, model.adapter_parameters(name)))
-    model.train()
+    optimizers = equip(model, work.methods)
     clock = Clock(model.device.type)
     profiler = torch.profiler.profile()
-    step = _plain(model, names, work, clock) if graphs is None else _recorded(graphs, names, work, clock)
     vocabulary = SHAPES[shape].settings["vocab_size"]
     for number in range(WARM + steps + bool(profiled)):
         if number == WARM + steps:
             profiler.start()
-        tokens = torch.randint(1, vocabulary, (work.rows * len(names), work.length)).tolist()
-        rows = [Row(t, t, names[i // work.rows], i % work.rows) for i, t in enumerate(tokens)]
+        rows = {}
+        for name in optimizers:
+            tokens = torch.randint(1, vocabulary, (work.rows, work.length)).tolist()
+            rows[name] = [Row(t, t, name, index) for index, t in enumerate(tokens)]
         clock.begin()
-        step(rows, number)
-        for optimizer in optimizers:
+        gradients(model, graphs, rows, number, clock)
+        for optimizer in optimizers.values():
             optimizer.step()
         clock.mark("optimizer")
         clock.end()
-        gradients = norms(p for name in names for _, p in model.adapter_parameters(name))
-        for optimizer in optimizers:
+        found = norms(p for name in optimizers for _, p in model.adapter_parameters(name))
+        for optimizer in optimizers.values():
             optimizer.zero_grad()
     if profiled:
         profiler.stop()
@@ -75,34 +101,8 @@ def measure(
         by = "self_device_time_total" if clock.cuda else "self_cpu_time_total"
         print(profiler.key_averages().table(sort_by=by, row_limit=profiled, max_name_column_width=60))
     how = {"recompute": model.recompute.what, "compiled": model.compiled, "graphs": graphs is not None}
-    how["parameters"] = sum(model.num_parameters(name) for name in names)
-    return row("ours", shape, work, clock, gradients, **how)
-
-
-Step = Callable[[list[Row], int], None]
-
-
-def _plain(model: MultiAdapterModel, names: list[str], work: Work, clock: Clock) -> Step:
-    def step(rows: list[Row], number: int) -> None:
-        outputs = model(Batch.pack(rows, dict.fromkeys(names, number), model.device))
-        loss = torch.stack([output.loss + output.aux_loss for output in outputs.values()]).sum()
-        clock.mark("forward")
-        loss.backward()
-        clock.mark("backward")
-
-    return step
-
-
-def _recorded(graphs: Graphs, names: list[str], work: Work, clock: Clock) -> Step:
-    weights = dict.fromkeys(names, Weights(1 / work.rows / (work.length - 1), 1.0))
-
-    def step(rows: list[Row], number: int) -> None:
-        by_name = {name: [row for row in rows if row.adapter == name] for name in names}
-        if graphs.losses_and_gradients(by_name, dict.fromkeys(names, number), weights) is None:
-            raise SystemExit("the step could not be recorded")
-        clock.mark("forward and backward")
-
-    return step
+    how["parameters"] = sum(model.num_parameters(name) for name in optimizers)
+    return row("ours", shape, work, clock, found, **how)
 
 
 def main() -> None:

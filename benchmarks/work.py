@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterable
 from itertools import pairwise
@@ -167,23 +166,20 @@ def row(program: str, shape: str, work: Work, clock: Clock, gradient_norms: floa
     return figures
 
 
-def matmul_rate(device: str) -> float:
-    """Return measured operations per second of a large product: bf16 on CUDA, float32 elsewhere."""
-    cuda = device != "cpu"
-    size, times = (8192, 30) if cuda else (1024, 5)
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if cuda else torch.float32) for _ in range(2))
+def matmul_rate(size: int = 8192, times: int = 30) -> float:
+    """Return the operations per second of a large bf16 product, the best of three measurements on this GPU."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     best = float("inf")
     for _ in range(3):
-        if cuda:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(times):
             a @ b
-        if cuda:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         best = min(best, (time.perf_counter() - start) / times)
     return 2 * size**3 / best
 
 
 if __name__ == "__main__":
-    print(json.dumps({"flops_per_second": matmul_rate(sys.argv[1]), "torch": torch.__version__}))
+    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    print(json.dumps({"flops_per_second": matmul_rate(), **machine}))

@@ -45,6 +45,7 @@ def test_the_table_takes_medians_of_rounds_and_holds_rivals_against_the_first() 
     found += [line("rival", "lora@8x512", us, peak_gib=gib) for us, gib in ((100.0, 20.0), (104.0, 21.0))]
     table = compare.table(found)
     assert cells(table, "ours", "lora@8x512")["us/token"] == "51.0 (50.0-52.0)"
+    assert cells(table, "ours", "lora@8x512")["tokens/s"] == "19,608"
     rival = cells(table, "rival", "lora@8x512")
     assert (rival["times the first"], rival["peak GiB"], rival["gradients"]) == ("0.500", "21.0", "non-zero")
     mfu = SHAPES["7b"].flops_per_token(512) / 102e-6 / 8e14
@@ -88,7 +89,6 @@ def test_what_a_program_printed_before_it_failed_or_was_ended_is_kept(
         return [fails, hangs, Program("late", "tiny", ("-c", prints), ("lora",))]
 
     monkeypatch.setitem(compare.SLICES, "tiny", programs)
-    monkeypatch.setattr(compare, "RATE", ("-c", ""))
     found = compare.measure("tiny", PLACE, 1, 0.08, tmp_path)
     kept = [json.loads(text) for text in (tmp_path / "tiny.jsonl").read_text().splitlines()]
     assert kept == found
@@ -120,3 +120,17 @@ def test_steps_of_ours_and_peft_print_lines_of_one_form(tmp_path: Path) -> None:
     assert all(figures["gradient_norms"] > 0 for figures in lines)
     assert all(list(figures["parts_ms"]) == ["forward", "backward", "optimizer"] for figures in lines)
     assert len([row for row in compare.table(lines).splitlines() if row.startswith("| ")]) == 5
+
+
+def test_packed_and_padded_rows_of_real_lengths_have_the_same_gradients() -> None:
+    command = [sys.executable, "-m", "benchmarks.packing", "tiny", "packed", "padded", "peft", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--rows", "4", "--batches", "2"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    packed, padded, theirs = (json.loads(text) for text in done.stdout.splitlines())
+    assert packed["gradient_norms"] == pytest.approx(padded["gradient_norms"], rel=1e-4)
+    assert theirs["gradient_norms"] > 0
+    assert packed["work"] == padded["work"] == theirs["work"]
+    assert 0 < packed["filled"] < 1
+    program = PLACE.packing("tiny", ["packed"])
+    assert compare.labelled(program, padded)["program"] == "ours, padded"
