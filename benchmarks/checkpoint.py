@@ -1,9 +1,11 @@
 """What saving checkpoints beside the training costs.
 
-    python -m benchmarks.checkpoint 7b mixlora [--device cuda] [--steps 30]
+    python -m benchmarks.checkpoint 7b lora [--device cuda] [--steps 20]
 
-Prints a line of JSON: seconds of a step, what `save` takes of the training thread, how much slower steps are while it
-is written, the whole cost of a checkpoint in seconds, and that cost as a share of `save_step` steps.
+Trains one adapter in one go: so many steps alone, then a checkpoint that only makes everything ready, then two that are
+measured, each until it is on the disk. Prints a line of JSON: seconds of a step, what `save` takes of the training
+thread, how many steps were slower by how much meanwhile, the whole cost of a checkpoint in seconds, and that cost as a
+share of `save_step` steps. `best_seconds` is what the best state takes, which is written between two steps.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import random
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,9 +30,27 @@ from mlora.training.checkpoint import Checkpoints
 from mlora.training.job import Job
 from mlora.training.trainer import train
 
+WARM = 4
+"""Steps in which kernels are compiled and graphs recorded."""
+
+
+class Save(NamedTuple):
+    """One checkpoint.
+
+    Attributes:
+        begun, written: when it was begun, and seen to be on the disk.
+        call: seconds that the training waited for `save`.
+        steps: taken meanwhile.
+    """
+
+    begun: float
+    call: float
+    written: float
+    steps: int
+
 
 def measure(shape: str, method: str, device: str, steps: int, folder: Path) -> dict:
-    """Train so many steps without a checkpoint, then save one and train until it is written."""
+    """Return what a checkpoint costs; the loop is entered once, so that its graphs are recorded once."""
     model = build(shape, device)
     model.add_adapter("a", parse_adapter(METHODS[method]))
     settings, rows, length = SHAPES[shape]
@@ -37,53 +59,49 @@ def measure(shape: str, method: str, device: str, steps: int, folder: Path) -> d
     samples = [Sample(row, row, "t") for row in ids]
     job = Job(JobConfig(name="a", method=model.adapters["a"], batch_size=rows, num_epochs=10**6), samples, model, 0)
     checkpoints = Checkpoints(folder, [job], model)
+    ends: list[float] = []
+    saves: list[Save] = []
 
-    def seconds(wanted: int) -> list[float]:
-        taken: list[float] = []
-        train(model, [job], None, lambda _: _noted(job, taken, lambda: len(taken) == wanted))
-        return taken
+    def after_round(_: list[Job]) -> bool:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        checkpoints.check()
+        now = time.perf_counter()
+        ends.append(now)
+        if len(ends) < WARM + steps or checkpoints.writing:
+            return False
+        if saves and not saves[-1].written:
+            saves[-1] = saves[-1]._replace(written=now, steps=len(ends) - saves[-1].steps)
+        if len(saves) == 3:
+            return True
+        checkpoints.save()
+        saves.append(Save(now, time.perf_counter() - now, 0.0, len(ends)))
+        return False
 
-    seconds(3)
-    alone = seconds(steps)
-    checkpoints.save()  # the first one also makes torch and the allocator ready for the copies
-    checkpoints.wait()
-    usual = statistics.median(alone)
+    train(model, [job], None, after_round)
+    usual = statistics.median(later - earlier for earlier, later in pairwise(ends[WARM - 1 : WARM + steps]))
+    measured = saves[1:]
     begun = time.perf_counter()
-    checkpoints.save()
-    saving = time.perf_counter() - begun
-    beside: list[float] = []
-    train(model, [job], None, lambda _: _noted(job, beside, lambda: _finished(checkpoints)))
-    written = time.perf_counter() - begun
-    cost = saving + sum(beside) - usual * len(beside)
+    checkpoints.save_best(job)
+    best = time.perf_counter() - begun
+    cost = statistics.mean(save.written - save.begun - save.steps * usual for save in measured)
     interval = RunConfig.model_fields["save_step"].default
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in folder.rglob("step-*/*"))
     return {
         "shape": shape,
         "method": method,
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "device": torch.cuda.get_device_name() if device != "cpu" else device,
         "parameters": model.num_parameters("a"),
         "checkpoint_bytes": size // len(list(folder.glob("*/step-*"))),
         "step_seconds": usual,
-        "save_call_seconds": saving,
-        "written_after_seconds": written,
-        "steps_meanwhile": len(beside),
-        "step_seconds_meanwhile": statistics.median(beside),
+        "save_call_seconds": [save.call for save in measured],
+        "written_after_seconds": [save.written - save.begun for save in measured],
+        "steps_meanwhile": [save.steps for save in measured],
         "cost_seconds": cost,
         "save_step": interval,
         "cost_share": cost / (interval * usual),
+        "best_seconds": best,
     }
-
-
-def _noted(job: Job, taken: list[float], ends: object) -> bool:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    taken.append(job.measured["seconds"])
-    return bool(ends())  # type: ignore[operator]
-
-
-def _finished(checkpoints: Checkpoints) -> bool:
-    checkpoints.check()
-    return not checkpoints.writing
 
 
 if __name__ == "__main__":
@@ -91,7 +109,7 @@ if __name__ == "__main__":
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("method", choices=METHODS, nargs="?", default="lora")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as place:
         print(json.dumps(measure(given.shape, given.method, given.device, given.steps, Path(place)), indent=1))
