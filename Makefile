@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # The public package whose adapters are exported, apart: its tests alone import it, in a process of its own.
 PUBLIC := $(VENV)/public
+# The oldest versions that the project asks for, apart: a few tests run once more with them.
+OLDEST := $(VENV)/oldest
 # Tests run in parallel processes; more threads in each only contend.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
@@ -30,11 +32,15 @@ demo: setup
 test: setup
 	$(TEST) -m "not slow"
 
-test-all: setup $(PUBLIC)
+test-all: setup $(PUBLIC) $(OLDEST)
 	$(TEST)
 
 $(PUBLIC): constraints.txt | setup
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ mixlora -c constraints.txt
+	touch $@
+
+$(OLDEST): pyproject.toml tests/oldest.py | setup
+	$(BIN)/python -m tests.oldest $@
 	touch $@
 
 check: setup

@@ -9,7 +9,7 @@ import pickle
 import random
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -81,6 +81,7 @@ def test_r17_no_pickle_runs_under_any_name(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
@@ -102,6 +103,7 @@ def test_r17_no_pickle_runs_under_any_name(
             error = capsys.readouterr().err
             assert status in (0, 1, 2) and "Traceback" not in error, f"{name} {way}: {error}"
             assert not mark.exists(), f"{name}: the payload ran"
+    record_property("names of files", len(names))
 
 
 @pytest.mark.parametrize("allow_pickle", [False, True])
@@ -219,7 +221,9 @@ def mutated(draw: random.Random) -> tuple[str, bytes]:
     return ending, bytes(content)
 
 
-def test_r14_mutated_data_files_raise_only_data_errors(tmp_path: Path, seed: int) -> None:
+def test_r14_mutated_data_files_raise_only_data_errors(
+    tmp_path: Path, seed: int, record_property: Callable[[str, object], None]
+) -> None:
     draw, tokenizer = random.Random(seed), tinybase.byte_tokenizer()
     refused = read = 0
     for number in range(200):
@@ -235,4 +239,6 @@ def test_r14_mutated_data_files_raise_only_data_errors(tmp_path: Path, seed: int
                 refused += 1
                 str(error).encode()
                 assert len(str(error).splitlines()) <= 15
+    record_property("readings", refused + read)
+    record_property("of them refused", refused)
     assert refused > 60 and read > 60, (refused, read)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -104,11 +104,13 @@ def test_r10_told_to_stop_in_the_middle(
     phase: str,
     number: int,
     capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     write_config(*ADAPTERS, save_step=2)
     with signal_at(*PHASES[phase], number) as sent:
         assert main(RunOptions(str(base), dir="out")) == 130
         taken = time.monotonic() - sent[0]
+    record_property("seconds to the end at most", taken)
     assert taken < 5, f"{taken:.1f} s"
     assert "Traceback" not in capsys.readouterr().err
     assert main(RunOptions(str(base), dir="out", resume=True)) == 0
@@ -314,6 +316,7 @@ def test_r2_killed_at_random_and_resumed_ends_in_the_same_bits(
     seed: int,
     program: type[Forked | Launched],
     share: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """One kill in ten while it still loads, the others while it trains and saves."""
     draw, kills = random.Random(seed), max(kills // share, 1)
@@ -344,6 +347,7 @@ def test_r2_killed_at_random_and_resumed_ends_in_the_same_bits(
     found = outcome(here / "broken")
     assert found["weights"].keys() == {"a", "b", "c"} and found == expected
     assert not list((here / "broken").glob("**/.*")), "a temporary file was left"
+    record_property("kills resumed to equal bits", kills)
     print(f"{kills} of {kills} resumed; steps of all adapters done at each kill: {reached}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mlora.adapters import METHODS
 from mlora.model.batch import Batch
 from mlora.model.multi import MultiAdapterModel
 from tests.families import awaken, multi, rows, tiny
+from tests.training.test_promises import apart
 
 peft = pytest.importorskip("peft")
 
@@ -30,8 +32,8 @@ def gradients(theirs: Any) -> dict[str, torch.Tensor]:
     return {n.removesuffix(".weight") if "magnitude" in n else n: gradient for n, gradient in named.items()}
 
 
-def assert_agree(model: MultiAdapterModel, name: str, theirs: Any) -> None:
-    """Hold logits, loss and every gradient to PEFT's, all to 1e-5."""
+def assert_agree(model: MultiAdapterModel, name: str, theirs: Any) -> dict[str, float]:
+    """Hold logits, loss and every gradient to PEFT's, all to 1e-5; return how far they are off."""
     ids, mask = rows(3)
     out = model(Batch.from_rows(ids, mask, None, [name] * 3))[name]
     out.loss.backward()
@@ -46,6 +48,8 @@ def assert_agree(model: MultiAdapterModel, name: str, theirs: Any) -> None:
     assert ours.keys() == expected.keys() and ours
     for tensor, gradient in expected.items():
         assert (ours[tensor] - gradient).abs().max() <= 1e-5 * max(gradient.abs().max(), 1e-3), tensor
+    logits_off = float((logits - result.logits)[real].abs().max())
+    return {"logits within": logits_off, "gradients": apart(expected, ours)}
 
 
 def trainable_base(family: str) -> Any:
@@ -62,14 +66,17 @@ def move_magnitudes(parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("targets", ["all-linear", "attention", "mlp"])
 @pytest.mark.parametrize("method", METHOD)
-def test_ours_loads_in_peft_and_agrees(method: str, targets: str, family: str, tmp_path: Path) -> None:
+def test_ours_loads_in_peft_and_agrees(
+    method: str, targets: str, family: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     model = multi(family)
     model.add_adapter("x", METHODS["lora"](r=4, lora_alpha=3, target_modules=targets, **METHOD[method]))
     awaken(model)
     move_magnitudes(model.adapter_parameters("x"))
     model.save_adapter("x", tmp_path)
     theirs = peft.PeftModel.from_pretrained(trainable_base(family), tmp_path, is_trainable=True).eval()
-    assert_agree(model, "x", theirs)
+    for what, value in assert_agree(model, "x", theirs).items():
+        record_property(what, value)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -29,7 +29,7 @@ OnBadRow = Literal["error", "skip"]
 
 
 def _whole_batch(earlier: dict[str, Any]) -> int:
-    return int(earlier["batch_size"])
+    return int(earlier.get("batch_size", 1))  # it is missing where it is wrong
 
 
 class JobConfig(BaseModel):

@@ -6,7 +6,7 @@ import copy
 import json
 import random
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,8 @@ def mutate(rng: random.Random) -> Any:
     return config
 
 
-def test_mutated_configs_raise_only_config_errors() -> None:
-    rng = random.Random(0)
+def test_mutated_configs_raise_only_config_errors(seed: int, record_property: Callable[[str, object], None]) -> None:
+    rng = random.Random(seed)
     refused = 0
     for _ in range(500):
         try:
@@ -82,11 +82,13 @@ def test_mutated_configs_raise_only_config_errors() -> None:
             text = str(error)
             assert len(text.splitlines()) <= 15
             text.encode()
+    record_property("configs", 500)
+    record_property("of them refused", refused)
     assert refused > 400
 
 
-def test_mutated_texts_raise_only_config_errors() -> None:
-    rng = random.Random(1)
+def test_mutated_texts_raise_only_config_errors(seed: int) -> None:
+    rng = random.Random(seed + 1)
     original = json.dumps(VALID, indent=1)
     for _ in range(500):
         text = list(original)
@@ -98,8 +100,10 @@ def test_mutated_texts_raise_only_config_errors() -> None:
             str(error).encode()
 
 
-def test_a_thousand_names_stay_in_their_folder(tmp_path: Path) -> None:
-    rng = random.Random(2)
+def test_a_thousand_names_stay_in_their_folder(
+    tmp_path: Path, seed: int, record_property: Callable[[str, object], None]
+) -> None:
+    rng = random.Random(seed + 2)
     parts = [
         "..",
         "/",
@@ -132,6 +136,8 @@ def test_a_thousand_names_stay_in_their_folder(tmp_path: Path) -> None:
             folder.mkdir(exist_ok=True)
             assert folder.parent == tmp_path and folder.resolve().parent == tmp_path.resolve()
             assert len(name) <= 64 and set(name) <= set(string.ascii_letters + string.digits + "._-") and name[0] != "."
+    record_property("names", 1000)
+    record_property("of them accepted", accepted)
     assert accepted > 50
 
 

@@ -71,7 +71,7 @@ def test_the_report_counts_what_the_cutoff_does(tmp_path: Path, characters: Tok)
     samples = load_training_samples("casual", write(tmp_path / "t.jsonl", short, long), characters, 20)
     assert (len(samples), samples.report.truncated, samples.report.dropped) == (1, 1, 1)
     assert str(samples.report) == "2 rows read, 1 prompt truncated, 1 dropped because their answer exceeds the cutoff"
-    with pytest.raises(DataError, match="no data rows in .*l.jsonl; 1 rows lost their answer to cutoff_len 20"):
+    with pytest.raises(DataError, match="no data rows in .*l.jsonl; 1 row lost the answer to cutoff_len 20"):
         load_training_samples("casual", write(tmp_path / "l.jsonl", long), characters, 20)
 
 

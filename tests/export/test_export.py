@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,11 +91,15 @@ def loaded(folder: Path, architecture: str | None = None):
         ("mixdora", "qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
     ],
 )
-def test_mixtral(method: dict | str, family: str, settings: dict, tmp_path: Path) -> None:
+def test_mixtral(
+    method: dict | str, family: str, settings: dict, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     case = Case(tmp_path, method, family, **settings)
     folder = case.export("mixtral")
     architecture = "Qwen3MoeForCausalLM" if family == "qwen3" else "MixtralForCausalLM"
-    assert difference(case, loaded(folder, architecture)) < 1e-5
+    found = difference(case, loaded(folder, architecture))
+    record_property("as Mixtral", found)
+    assert found < 1e-5
     assert json.loads((folder / "config.json").read_text())["architectures"] == [architecture]
     prompt = "one two"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), loaded(folder)
@@ -138,11 +143,13 @@ def test_mixtral_compares_what_it_wrote(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "phi3", "qwen2", "gpt_neox"])
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa"])
-def test_merged(variant: str, family: str, tmp_path: Path) -> None:
+def test_merged(variant: str, family: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     case = Case(tmp_path, variant, family)
     folder = case.export("merged")
     model = loaded(folder, type(case.model.hf_model).__name__)
-    assert difference(case, model) < 1e-4
+    found = difference(case, model)
+    record_property("merged", found)
+    assert found < 1e-4
     before, after = (json.loads((f / "config.json").read_text()) for f in (case.base, folder))
     assert before == after
     assert AutoTokenizer.from_pretrained(folder)("abc") == AutoTokenizer.from_pretrained(case.base)("abc")

@@ -62,7 +62,10 @@ def where(checkpoints: Checkpoints) -> list[tuple[int, int]]:
 
 
 def test_r8_every_damage_is_named_and_the_checkpoint_before_it_loads(
-    two_moments: tuple[Checkpoints, Path], caplog: pytest.LogCaptureFixture, seed: int
+    two_moments: tuple[Checkpoints, Path],
+    caplog: pytest.LogCaptureFixture,
+    seed: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
     checkpoints, root = two_moments
     draw = random.Random(seed)
@@ -79,10 +82,12 @@ def test_r8_every_damage_is_named_and_the_checkpoint_before_it_loads(
         assert f"{file.parent} is damaged ({file.name})" in caplog.text, f"{file} at {place}"
         file.write_bytes(content)
     assert checkpoints.restore() and where(checkpoints) == [(11, 0), (3, 2)]
+    record_property("flipped bytes named", 100)
+    record_property("truncations named", 100)
 
 
 def test_r8_a_damaged_best_state_is_named_and_sought_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int, record_property: Callable[[str, object], None]
 ) -> None:
     model, jobs = begun("b")
     job, checkpoints = jobs[0], Checkpoints(tmp_path, jobs, model)
@@ -112,6 +117,8 @@ def test_r8_a_damaged_best_state_is_named_and_sought_again(
     assert all(torch.equal(tensor, kept[key]) for key, tensor in model.adapter_tensors("b").items())
     shutil.rmtree(tmp_path / "b" / "best")
     assert checkpoints.restore() and job.best_loss == float("inf")
+    record_property("flipped bytes named", 100)
+    record_property("truncations named", 100)
 
 
 def test_files_that_are_missing_or_foreign_are_named(
@@ -232,7 +239,9 @@ def ended(work: Callable[[Callable[[], None]], None], seconds: float | None = No
 
 
 @pytest.mark.slow
-def test_r7_killed_while_saving_at_random(tmp_path: Path, kills: int, seed: int) -> None:
+def test_r7_killed_while_saving_at_random(
+    tmp_path: Path, kills: int, seed: int, record_property: Callable[[str, object], None]
+) -> None:
     draw = random.Random(seed)
     model, jobs = begun()
     killed = last = furthest = 0
@@ -251,9 +260,12 @@ def test_r7_killed_while_saving_at_random(tmp_path: Path, kills: int, seed: int)
                 shutil.rmtree(tmp_path / name)
             last = 0
     assert furthest > 10
+    record_property("random kills", killed)
 
 
-def test_r7_killed_before_every_call_to_the_file_system(tmp_path: Path) -> None:
+def test_r7_killed_before_every_call_to_the_file_system(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Each open, rename, mkdir and removal of a save is the last thing that the program did."""
     model, jobs = begun()
     first = Checkpoints(tmp_path, jobs, model, keep=1)
@@ -293,6 +305,7 @@ def test_r7_killed_before_every_call_to_the_file_system(tmp_path: Path) -> None:
             break
     assert len(outcomes) > 30, "the save made no calls"
     assert outcomes[0] == [(4, 0), (1, 1)] and outcomes[-1] == [(5, 0), (1, 2)]
+    record_property("kills at calls of a save", len(outcomes) - 1)
     assert outcomes == sorted(outcomes), "once complete, a checkpoint is the one that loads"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,19 +65,32 @@ def _note(stepped: list[Job], losses: dict[str, list[float]]) -> bool:
     return False
 
 
-def assert_equal_runs(one: tuple[dict, dict], other: tuple[dict, dict], name: str) -> None:
-    assert one[0][name] == pytest.approx(other[0][name], rel=1e-5)
-    assert one[0][name][0] == pytest.approx(other[0][name][0], rel=1e-6)
-    for key, tensor in one[1][name].items():
-        assert (tensor - other[1][name][key]).abs().max() <= 1e-4 * max(tensor.abs().max(), 1e-3), key
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Return how far the tensors of two runs differ, as a share of each one's largest value."""
+    return max(float((t - other[key]).abs().max() / max(t.abs().max(), 1e-3)) for key, t in one.items())
+
+
+def losses_apart(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
+
+
+def assert_equal_runs(one: tuple[dict, dict], other: tuple[dict, dict], name: str) -> dict[str, float]:
+    first = losses_apart(one[0][name][:1], other[0][name][:1])
+    found = {
+        "losses within": losses_apart(one[0][name], other[0][name]),
+        "weights": apart(one[1][name], other[1][name]),
+    }
+    assert first <= 1e-6 and found["losses within"] <= 1e-5 and found["weights"] <= 1e-4, (first, found)
+    return found
 
 
 @pytest.mark.parametrize("name", "abc")
-def test_r1_trained_together_as_trained_alone(name: str) -> None:
+def test_r1_trained_together_as_trained_alone(name: str, record_property: Callable[[str, object], None]) -> None:
     together = run("abc")
     alone = run(name)
     assert len(alone[0][name]) >= 16
-    assert_equal_runs(alone, together, name)
+    for what, value in assert_equal_runs(alone, together, name).items():
+        record_property(what, value)
     start = {k: t for k, t in _untrained(name).items() if "lora_B" in k}
     assert any((alone[1][name][k] - t).abs().max() > 1e-3 for k, t in start.items()), "nothing was trained"
 
@@ -101,7 +115,7 @@ def _untrained(name: str) -> dict:
 
 
 @pytest.mark.parametrize("method", [LORA, MIXTURE.model_copy(update={"router_loss": False})], ids=["lora", "mixlora"])
-def test_r4_accumulation_changes_nothing(method) -> None:
+def test_r4_accumulation_changes_nothing(method, record_property: Callable[[str, object], None]) -> None:
     ends = []
     for micro in (8, 4, 1):
         config = JobConfig(name="x", method=method, batch_size=8, micro_batch_size=micro, num_epochs=2, lr=1e-3)
@@ -111,10 +125,11 @@ def test_r4_accumulation_changes_nothing(method) -> None:
         train(model, [Job(config, samples(21, 4), model, 5)], None, lambda stepped: _note(stepped, losses))  # noqa: B023
         ends.append((losses["x"], model.adapter_tensors("x")))
     assert len(ends[0][0]) == 6, "21 rows in batches of 8 are three steps an epoch, the last of five rows"
-    for losses, tensors in ends[1:]:
-        assert losses == pytest.approx(ends[0][0], rel=1e-5)
-        for key, tensor in tensors.items():
-            assert (tensor - ends[0][1][key]).abs().max() <= 1e-4 * max(tensor.abs().max(), 1e-3), key
+    by_losses = max(losses_apart(losses, ends[0][0]) for losses, _ in ends[1:])
+    by_weights = max(apart(ends[0][1], tensors) for _, tensors in ends[1:])
+    record_property("losses within", by_losses)
+    record_property("weights", by_weights)
+    assert by_losses <= 1e-5 and by_weights <= 1e-4
 
 
 def test_gradient_of_a_step_is_normalised_by_its_label_tokens() -> None:
