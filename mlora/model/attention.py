@@ -73,21 +73,20 @@ def packed_attention(
             else _window(query.shape[2], sliding_window, query)
         )
         return _attend(query, key, value, mask, scaling, softcap).transpose(1, 2), None
-    if packed_branches is None and len(set(packed_lengths)) == 1:
+    if packed_branches is not None:
+        found = []
+        for places, mask in packed_branches.blocks(sliding_window):
+            q, k, v = (t[0][:, places].transpose(0, 1) for t in (query, key, value))
+            found.append(_attend(q, k, v, mask, scaling, softcap).transpose(1, 2).flatten(0, 1))
+        return torch.cat(found)[packed_branches.order][None], None
+    if len(set(packed_lengths)) == 1:
         q, k, v = (t.unflatten(2, (-1, packed_lengths[0])).transpose(1, 2).flatten(0, 1) for t in (query, key, value))
         out = _attend(q, k, v, _window(packed_lengths[0], sliding_window, query), scaling, softcap)
         return out.transpose(1, 2).flatten(0, 1)[None], None
     longest = max(packed_lengths)
-    if (
-        packed_branches is None
-        and packed_offsets is not None
-        and fits_varlen(query, value, sliding_window, softcap, longest)
-    ):
+    if packed_offsets is not None and fits_varlen(query, value, sliding_window, softcap, longest):
         return _varlen(query, key, value, packed_offsets, longest, scaling), None
-    if packed_branches is None:
-        masks = [_window(length, sliding_window, query) for length in packed_lengths]
-    else:
-        masks = list(packed_branches.masks(sliding_window))
+    masks = [_window(length, sliding_window, query) for length in packed_lengths]
     parts = [
         _attend(q, k, v, mask, scaling, softcap)
         for q, k, v, mask in zip(*(t.split(packed_lengths, dim=2) for t in (query, key, value)), masks, strict=True)
@@ -130,6 +129,8 @@ def _attend(
 ) -> Tensor:
     causal = mask is None and q.shape[2] > 1
     if softcap is None:
+        if mask is not None and q.is_cuda:  # with groups of heads, no kernel takes a mask without holding all scores
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=gqa)
     groups = q.shape[1] // k.shape[1]

@@ -8,13 +8,20 @@ Shapes: T packed tokens, L tokens of one tree, N targets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mlora.model.batch import IGNORED, Batch, Row
+
+CELLS = {"cuda": 1 << 26}
+"""Entries, one byte each, of the masks of a call on a device where a call for each tree would wait for Python."""
+_BEYOND = 1 << 40
+"""Position of padding: behind everything."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +48,56 @@ class Tree:
         ]
 
 
+class Block(NamedTuple):
+    """Trees that are attended in one call, padded on the right to the longest of them.
+
+    Attributes:
+        places: [b, L] of their tokens in the packed stream; padding repeats the first.
+        mask: [b, 1, L, L], True where a token (row) sees another; padding is seen by padding alone.
+    """
+
+    places: Tensor
+    mask: Tensor
+
+
 class Branches:
-    """The lengths [prompt, branch, branch, ...] of each packed tree, and who sees whom in it."""
+    """The lengths [prompt, branch, branch, ...] of each packed tree, and who sees whom in it.
 
-    def __init__(self, parts: Sequence[tuple[int, ...]], positions: Tensor) -> None:
-        self.parts, self.positions = parts, positions
-        self._masks: dict[int | None, list[Tensor]] = {}
+    Args:
+        parts: those lengths.
+        device: of all tensors.
+        cells: entries of a mask that padding may fill up, so that many trees take one call, the sooner the more alike
+            their lengths are; 0 for a call for each tree, which computes least.
 
-    def masks(self, window: int | None) -> list[Tensor]:
-        """Return the mask [L, L] of each tree, made once for each window of tokens that a token sees."""
-        if window not in self._masks:
-            positions = self.positions.split([sum(lengths) for lengths in self.parts])
-            self._masks[window] = [_mask(*tree, window) for tree in zip(self.parts, positions, strict=True)]
-        return self._masks[window]
+    Attributes:
+        order: [T] where each packed token stands in the tokens of all blocks, one after the other.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, ...]], device: torch.device | str, cells: int = 0) -> None:
+        lengths = [sum(own) for own in parts]
+        starts = [0, *accumulate(lengths)]
+        self._layouts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._blocks: dict[int | None, list[Block]] = {}
+        order, offset = [0] * starts[-1], 0
+        for trees in _alike(lengths, cells):
+            longest = max(lengths[i] for i in trees)
+            places, positions, numbers = list[list[int]](), list[list[int]](), list[list[int]]()
+            for i in trees:
+                start, missing = starts[i], longest - lengths[i]
+                order[start : starts[i + 1]] = range(offset, offset + lengths[i])
+                offset += longest
+                places.append([*range(start, starts[i + 1]), *[start] * missing])
+                positions.append([*_positions(parts[i]), *[_BEYOND] * missing])
+                numbers.append([*(n for n, length in enumerate(parts[i]) for _ in range(length)), *[-1] * missing])
+            layout = [torch.tensor(each, device=device) for each in (places, positions, numbers)]
+            self._layouts.append((layout[0], layout[1], layout[2]))
+        self.order = torch.tensor(order, device=device)
+
+    def blocks(self, window: int | None) -> list[Block]:
+        """Return the blocks, their masks made once for each window of tokens that a token sees."""
+        if window not in self._blocks:
+            self._blocks[window] = [Block(at, _mask(positions, part, window)) for at, positions, part in self._layouts]
+        return self._blocks[window]
 
 
 @dataclass(frozen=True)
@@ -100,7 +144,19 @@ def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> tuple[Bat
         return batch, targets
     at = [p for lengths in parts for p in _positions(lengths)]
     position_ids = torch.tensor(at, device=device)
-    return replace(batch, position_ids=position_ids[None], branches=Branches(parts, position_ids)), targets
+    branching = Branches(parts, device, CELLS.get(torch.device(device).type, 0))
+    return replace(batch, position_ids=position_ids[None], branches=branching), targets
+
+
+def _alike(lengths: Sequence[int], cells: int) -> Iterator[list[int]]:
+    """Yield trees by length, as many together as their padded masks have at most so many entries."""
+    together: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if together and (len(together) + 1) * lengths[i] ** 2 > cells:
+            yield together
+            together = []
+        together.append(i)
+    yield together
 
 
 def _positions(lengths: tuple[int, ...]) -> list[int]:
@@ -108,8 +164,8 @@ def _positions(lengths: tuple[int, ...]) -> list[int]:
     return [*range(prompt), *(p for length in branches for p in range(prompt, prompt + length))]
 
 
-def _mask(lengths: tuple[int, ...], positions: Tensor, window: int | None) -> Tensor:
-    part = torch.repeat_interleave(torch.tensor(lengths, device=positions.device))
-    distance = positions[:, None] - positions
-    visible = (distance >= 0) & ((part == 0) | (part[:, None] == part))
-    return visible if window is None else visible & (distance < window)
+def _mask(positions: Tensor, part: Tensor, window: int | None) -> Tensor:
+    """Return [b, 1, L, L] from each token's position and the number of its part [b, L]: 0 the prompt, -1 padding."""
+    distance = positions[:, :, None] - positions[:, None]
+    visible = (distance >= 0) & ((part[:, None] == 0) | (part[:, :, None] == part[:, None]))
+    return (visible if window is None else visible & (distance < window))[:, None]

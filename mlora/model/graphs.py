@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 
 FILLING = 1.5
 """Filled up, a batch may have this many times its own tokens; otherwise it is computed as it is."""
-
+FREE_PRODUCTS = 10**12
+"""Tokens filled up times parameters of the base model that matter nothing: 4 FLOP each are about 10 ms of a GPU, and a
+batch of many adapters that is not recorded waits for Python for much longer."""
 
 MOST = 64
 """Graphs of one training; beyond that batches differ too much to gain from them."""
@@ -298,6 +300,10 @@ class Graphs:
             return f"no attention kernel for sequences of any length in {query.dtype} with heads of {width}"
         return None
 
+    @cached_property
+    def _parameters(self) -> int:
+        return self.model.num_parameters(None)
+
     def suits(self, rows: Mapping[str, Sequence[Row]]) -> bool:
         """Return whether a batch can be computed so, without being filled up beyond measure."""
         if self._broken or self.obstacle is not None:
@@ -305,8 +311,9 @@ class Graphs:
         model, size = self.model, size_for(rows)
         own = sum(len(row.input_ids) for each in rows.values() for row in each)
         window = getattr(model.hf_model.config.get_text_config(), "sliding_window", None)
+        filled = size.tokens * len(rows)
         return (
-            size.tokens * len(rows) <= FILLING * own
+            (filled <= FILLING * own or (filled - own) * self._parameters <= FREE_PRODUCTS)
             and (window is None or size.tokens <= window)
             and not model.adapts_output(rows)
             and not any(model.adapters[name].counts_tokens for name in rows)

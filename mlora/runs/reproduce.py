@@ -11,6 +11,7 @@ import gc
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -219,7 +220,8 @@ class Reproduction:
         largest = BYTES_PER_PARAMETER * max(sizes[name] for name in names)
         fit = self.at_once or max(1, int(MEMORY_SHARE * (_free_bytes() - 2 * sizes[None]) / largest))
         count = -(-len(names) // min(fit, len(names)))
-        each = -(-len(names) // count)
+        each, alike = -(-len(names) // count), _alike(jobs.lora)
+        each -= each % alike if each > alike else 0
         return [names[start : start + each] for start in range(0, len(names), each)]
 
     # -- a pass ----------------------------------------------------------------------------------------------------
@@ -231,7 +233,8 @@ class Reproduction:
         if deadline.passed:
             raise Paused(self._goes_on)
         config = place / "mlora.json"
-        write_json(config, resolved(jobs.model_copy(update={"lora": tuple(own), "save_step": 100})))
+        settings = {"lora": tuple(own), "save_step": 100, "train_lora_simultaneously_num": _alike(own)}
+        write_json(config, resolved(jobs.model_copy(update=settings)))
         begun = any(place.glob("checkpoints/*/step-*"))
         options = RunOptions(
             self.base_model,
@@ -288,6 +291,15 @@ def _listed(flag: str, text: str) -> list[str]:
     if not names:
         raise ConfigError(flag, [Problem("", "names nothing")])
     return names
+
+
+def _alike(jobs: Sequence[JobConfig]) -> int:
+    """Return how many adapters learn from the same rows.
+
+    These are trained together and the other tasks' adapters after them: rows of one length fill a recorded step, and
+    beside a task whose rows are twice as long most steps could not be recorded.
+    """
+    return max(Counter((job.task_name, job.protocol) for job in jobs).values())
 
 
 def _free_bytes() -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mlora.adapters import METHODS
-from mlora.model.branches import Tree, pack
+from mlora.model.branches import CELLS, Tree, pack
 from mlora.model.multi import MultiAdapterModel
 from tests.families import VOCABULARY, awaken, multi
 
@@ -46,13 +46,19 @@ def score(model: MultiAdapterModel, given: list[Tree]) -> tuple[list[float], lis
     return own.tolist(), greedy.tolist()
 
 
+@pytest.mark.parametrize("cells", [0, 500, 10**6])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_shared_prompt_changes_nothing(family: str) -> None:
+def test_a_shared_prompt_changes_nothing(family: str, cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CELLS, "cpu", cells)
     model = multi(family, **FAMILIES[family])
     model.add_adapter("x", METHODS["lora"](r=4))
     model.add_adapter("m", METHODS["mixlora"](r=4, num_experts=4, router_init_range=0.5))
     awaken(model)
     given = trees("x", None, "m")
+    batch, _ = pack(given)
+    assert batch.branches is not None
+    calls = len(batch.branches.blocks(None))
+    assert calls == len(given) if cells == 0 else 1 < calls < len(given) if cells == 500 else calls == 1
     shared, greedy = score(model, given)
     apart, greedy_apart = score(model, [part for tree in given for part in tree.apart()])
     assert shared == pytest.approx(apart, abs=1e-5)
@@ -85,10 +91,10 @@ def test_a_prompt_is_packed_once_and_last_tokens_are_not_read() -> None:
     assert targets.tokens.tolist() == [6, 7, 8, 9, 11]
     assert targets.counts == (1, 3, 1)
     assert batch.branches is not None
-    (mask,) = batch.branches.masks(None)
-    assert mask[5].tolist() == [True, True, True, False, False, True]
-    (windowed,) = batch.branches.masks(2)
-    assert windowed[5].tolist() == [False, False, True, False, False, True]
+    ((_, mask),) = batch.branches.blocks(None)
+    assert mask[0, 0, 5].tolist() == [True, True, True, False, False, True]
+    ((_, windowed),) = batch.branches.blocks(2)
+    assert windowed[0, 0, 5].tolist() == [False, False, True, False, False, True]
 
 
 def test_what_counts_tokens_or_has_another_attention_shares_no_prompt() -> None:

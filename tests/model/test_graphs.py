@@ -90,6 +90,17 @@ def test_sizes_are_few_and_near(tokens: int) -> None:
     assert len({graphs.size_of(n) for n in range(1, 4097)}) < 60
 
 
+def test_much_is_filled_up_only_where_it_costs_nothing(monkeypatch) -> None:
+    model = multi("llama")
+    rows = {"x": draw_rows("x", 12, 1), "y": draw_rows("y", 2, 2)}
+    for name in rows:
+        model.add_adapter(name, VARIANTS["lora"])
+    assert Rerun(model).suits(rows)
+    monkeypatch.setattr(graphs, "FREE_PRODUCTS", 0)
+    assert not Rerun(model).suits(rows)
+    assert Rerun(model).suits({"x": rows["x"]})
+
+
 class Rerun(graphs.Graphs):
     """Graphs on the CPU: a replay computes again into the same tensors and leaves rubbish where a graph would."""
 
