@@ -65,7 +65,9 @@ def mutate(rng: random.Random) -> Any:
         elif kind < 0.75:
             del container[key]
         elif isinstance(container, dict):
-            container["".join(rng.choices(string.printable + "é\u2028\ud800", k=rng.randint(0, 12)))] = rng.choice(JUNK)
+            container["".join(rng.choices(string.printable + "é\u2028\ud800", k=rng.randint(0, 12)))] = copy.deepcopy(
+                rng.choice(JUNK)
+            )
         else:
             container.append(copy.deepcopy(rng.choice(JUNK)))
     return config
