@@ -244,3 +244,86 @@ def _children_of(pid: int) -> list[int]:
     """The training program has a session of its own."""
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
     return list(map(int, found))
+
+
+HARNESS_TASK = """task: colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}, cache_dir: {cache}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Q: {{{{q}}}}\\nA:"
+doc_to_choice: a
+doc_to_target: right
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metadata: {{version: 2}}
+"""
+
+
+@pytest.fixture
+def harness_tasks(tmp_path: Path) -> Path:
+    """A folder with a task of lm-evaluation-harness."""
+    pytest.importorskip("lm_eval", reason="needs the package lm-eval")
+    place = tmp_path / "own"
+    place.mkdir()
+    rows = [{"q": f"What is {i}?", "a": ["a number", "a colour", "rain"][: 2 + i % 2], "right": 0} for i in range(6)]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = HARNESS_TASK.format(rows=place / "rows.jsonl", cache=tmp_path / "cache")
+    (place / "colours.yaml").write_text(text)
+    (place / "broken.yaml").write_text(text.replace("colours", "broken").replace("rows.jsonl", "none.jsonl"))
+    return place
+
+
+def test_tasks_of_the_harness(
+    made: Path, here: Path, harness_tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"protocol": ("lm-eval",), "data_path": str(harness_tasks), "limit": 5, "evaluate_base": True}
+    flags |= {"tasks": "broken;colours", "num_fewshot": 0}
+    assert run(made, "plain", "mixture", **flags) == 1  # one task fails; the other's results are there
+    shown = capsys.readouterr()
+    assert "evaluation of broken failed" in shown.err and "protocol: lm-eval" in shown.out
+    found = results(here)
+    assert [(r["adapter"], r["task"], r["metric"], r["n"], r["limit"], r["version"]) for r in found] == [
+        (name, "colours", metric, 5, 5, 2)
+        for name in ("plain", "mixture", "base model")
+        for metric in ("acc", "acc_norm")
+    ]
+    from mlora.evaluation import lm_eval as bridge
+
+    held: list[list[str | None]] = []
+    own = bridge.evaluate
+    monkeypatch.setattr(
+        bridge, "evaluate", lambda model, names, *a, **k: held.append(names) or own(model, names, *a, **k)
+    )
+    flags["tasks"] = "colours"
+    assert run(made, "plain", "mixture", **flags) == 0
+    assert held == [] and results(here) == found
+    assert run(made, "plain", "mixture", **flags | {"num_fewshot": 1}) == 0
+    assert held == [["plain", "mixture", None]]
+    assert run(made, "plain", f"new={made / 'plain'}", **flags | {"num_fewshot": 1}) == 0
+    assert held[1:] == [["new"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"tasks": "colour"}, '--tasks: "colour" is no task of lm-evaluation-harness; did you mean "colours"?'),
+        ({"protocol": ("lm-eval", "letter")}, "--protocol: lm-eval cannot be combined"),
+        ({"samples": True}, "--samples: cannot be combined"),
+        ({"protocol": (), "num_fewshot": 2, "data_path": None}, "--num_fewshot: only with --protocol lm-eval"),
+    ],
+)
+def test_what_the_harness_cannot_do(
+    made: Path, here: Path, harness_tasks: Path, capsys: pytest.CaptureFixture[str], flags: dict, said: str
+) -> None:
+    given = {"protocol": ("lm-eval",), "data_path": str(harness_tasks), "tasks": "colours"} | flags
+    assert run(made, "plain", **given) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_harness_is_asked_for_where_it_is_missing(
+    made: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    assert run(made, "plain", protocol=("lm-eval",), data_path=None, tasks="gsm8k") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Error: --protocol: lm-eval needs") and "[eval]" in error

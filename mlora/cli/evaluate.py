@@ -8,14 +8,20 @@ import click
 
 from mlora.cli.options import DTYPES, SeveralValues, base_model, base_source, option
 from mlora.cli.program import program
-from mlora.tasks import PROTOCOLS
+from mlora.tasks import HARNESS, PROTOCOLS
 
 
 @program.command(cls=SeveralValues)
 @base_model
 @option("tasks", 'Task names, joined by ";".', required=True)
 @option("adapter", "Folder, or NAME=FOLDER; several may be given.", multiple=True)
-@option("protocol", "Ways to score. [default: each task's first]", click.Choice(PROTOCOLS), multiple=True)
+@option(
+    "protocol",
+    f"Ways to score. [default: each task's first] {HARNESS}: tasks of lm-evaluation-harness, by its names.",
+    click.Choice([*PROTOCOLS, HARNESS]),
+    multiple=True,
+)
+@option("num_fewshot", f"Solved rows before each prompt, of {HARNESS}.", click.IntRange(0))
 @option("data_path", 'Local data: one path for each task, joined by ";", or one folder.')
 @option("dir", "Folder of the results.", default=".", show_default=True)
 @option("limit", "Rows of each task, for a quick look.", click.IntRange(1))

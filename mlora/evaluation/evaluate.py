@@ -93,11 +93,15 @@ def check_heads(model: MultiAdapterModel, examinations: Iterable[Examination]) -
             raise ModelError(f"{name} has a classification head for {trained}, not for {task.name}")
 
 
-def conditions(model: MultiAdapterModel, adapter: str | None, questions: QuestionSet) -> Conditions:
+def conditions(model: MultiAdapterModel, adapter: str | None, rows: str) -> Conditions:
     """Return what a result depends on besides task and metric.
 
-    base_model and precision are what the model was loaded as, adapter and rows digests of the adapter's settings and
-    tensors, and of the questions as the tokenizer and the cutoff leave them.
+    base_model and precision are what the model was loaded as, adapter a digest of the adapter's settings and tensors.
+
+    Args:
+        model: that holds the adapter.
+        adapter: name; None for the plain base model.
+        rows: what tells the questions from others, a digest of them as the tokenizer and the cutoff leave them.
     """
     quantised = getattr(model.hf_model.config, "quantization_config", None)
     revision = model.origin.revision
@@ -105,7 +109,7 @@ def conditions(model: MultiAdapterModel, adapter: str | None, questions: Questio
         "base_model": model.origin.given if revision is None else f"{model.origin.given}@{revision}",
         "precision": str(model.hf_model.dtype).removeprefix("torch.") + (" quantised" if quantised else ""),
         "adapter": None if adapter is None else _digest(model, adapter),
-        "rows": questions.digest,
+        "rows": rows,
     }
 
 
@@ -156,7 +160,7 @@ def examine(
     check_heads(model, examinations)
     for group in by_questions(examinations):
         questions = library.questions(group[0])
-        wanted = [(e, conditions(model, e.adapter, questions)) for e in group]
+        wanted = [(e, conditions(model, e.adapter, questions.digest)) for e in group]
         wanted = [pair for pair in wanted if known is None or not known(*pair)]
         size = len(wanted) if simultaneously is None else simultaneously
         for start in range(0, len(wanted), size or 1):

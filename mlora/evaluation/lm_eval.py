@@ -27,9 +27,8 @@ from mlora.evaluation.score import log_likelihoods
 from mlora.model.branches import Tree
 from mlora.model.memory import in_batches
 from mlora.model.multi import MultiAdapterModel
+from mlora.tasks import HARNESS
 
-PROTOCOL = "lm-eval"
-"""Of results: the harness scores its own tasks."""
 MAX_NEW_TOKENS = 256
 """Of an answer, where a task does not say: the harness's default."""
 LONGEST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -253,7 +252,7 @@ def results(found: Mapping[str | None, Mapping[str, Any]], limit: int | None = N
                         BASE if adapter is None else adapter,
                         task,
                         version,
-                        PROTOCOL,
+                        HARNESS,
                         name,
                         float(value),
                         error if isinstance(error, float) else None,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -16,10 +17,11 @@ from mlora.model import load
 from mlora.model.files import CONFIG
 from mlora.model.multi import MultiAdapterModel
 from mlora.report.table import results_table
+from mlora.runs import harness
 from mlora.runs.assess import assess, of_base
 from mlora.runs.folder import RunFolder
 from mlora.runs.run import RunError
-from mlora.tasks import Protocol, find_task
+from mlora.tasks import HARNESS, Protocol, find_task
 from mlora.training.stop import Deadline
 
 
@@ -31,8 +33,9 @@ class Evaluation:
         base_model: local folder, hub id, GGUF file, or "smollm2".
         tasks: names joined by ";".
         adapter: folders, or NAME=FOLDER; none evaluates the base model alone.
-        protocol: ways to score; none takes each task's first.
-        data_path: local data, as for `gen`.
+        protocol: ways to score; none takes each task's first. "lm-eval" alone: tasks of lm-evaluation-harness.
+        num_fewshot: solved rows before each prompt of the harness's tasks; None for what a task says.
+        data_path: local data, as for `gen`; a folder of task files for the harness.
         dir: folder that results are written to.
         limit: rows of each task; None for all.
         batch_size: rows of each adapter in a forward.
@@ -48,7 +51,8 @@ class Evaluation:
     base_model: str
     tasks: str
     adapter: tuple[str, ...] = ()
-    protocol: tuple[Protocol, ...] = ()
+    protocol: tuple[Protocol | Literal["lm-eval"], ...] = ()
+    num_fewshot: int | None = None
     data_path: str | None = None
     dir: str = "."
     limit: int | None = None
@@ -73,9 +77,21 @@ class Evaluation:
             ConfigError: a folder is no adapter, or names collide.
             RunError: a task failed, the others are done.
         """
-        deadline, folder = Deadline(self.time_limit), RunFolder(self.dir)
+        folder = RunFolder(self.dir)
         folder.read_results()
         places = _named(self.adapter)
+        held = self._by_harness if HARNESS in self.protocol else self._by_protocols
+        results, failures = held(folder, places, Deadline(self.time_limit))
+        if results:
+            print(results_table(results), flush=True)
+        if failures:
+            raise RunError("\n".join(failures))
+
+    def _by_protocols(
+        self, folder: RunFolder, places: Mapping[str, Path], deadline: Deadline
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        if self.num_fewshot is not None:
+            raise ConfigError("--num_fewshot", [Problem("", f"only with --protocol {HARNESS}")])
         wanted = self._wanted(list(places))
         origin = load.find(self.base_model, self.revision, self.trust_remote_code)
         tokenizer = load.load_tokenizer(origin)
@@ -83,25 +99,50 @@ class Evaluation:
         library = Library(tokenizer, longest if self.cutoff_len == -1 else self.cutoff_len)
         for examination in wanted:  # bad data is found before the weights are read
             library.questions(examination)
-        model = self._model()
+        model = self._model(places)
         model.use_tokenizer(tokenizer)
-        for name, place in places.items():
-            model.load_adapter(place, name, allow_pickle=True)
         check_heads(model, wanted)
-        results, failures = assess(
+        return assess(
             model, wanted, folder, library, deadline=deadline, keep=not self.overwrite, with_samples=self.samples
         )
-        if results:
-            print(results_table(results), flush=True)
-        if failures:
-            raise RunError("\n".join(failures))
 
-    def _wanted(self, adapters: Sequence[str]) -> list[Examination]:
+    def _by_harness(
+        self, folder: RunFolder, places: Mapping[str, Path], deadline: Deadline
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        if len(self.protocol) > 1:
+            raise ConfigError("--protocol", [Problem("", f"{HARNESS} cannot be combined with others")])
+        if self.samples:
+            raise ConfigError("--samples", [Problem("", f"cannot be combined with --protocol {HARNESS}")])
+        tasks = self._names()
+        manager = harness.task_manager(tasks, self.data_path)
+        model = self._model(places)
+        headed = [name for name in places if model.num_labels(name) is not None]
+        if headed:
+            raise _bad(f"{headed[0]} has a classification head; the harness's tasks need none")
+        adapters: list[str | None] = [*places, *([None] if self.evaluate_base or not places else [])]
+        return harness.assess(
+            model,
+            adapters,
+            tasks,
+            manager,
+            folder,
+            batch_size=self.batch_size,
+            limit=self.limit,
+            num_fewshot=self.num_fewshot,
+            deadline=deadline,
+            keep=not self.overwrite,
+        )
+
+    def _names(self) -> list[str]:
         names = list(dict.fromkeys(task_names(self.tasks)))
         if not names:
             raise ConfigError("--tasks", [Problem("", "names no task; `launch.py avail` lists them")])
+        return names
+
+    def _wanted(self, adapters: Sequence[str]) -> list[Examination]:
+        names = self._names()
         paths = dict(zip(names, split_paths(self.data_path, names), strict=True))
-        protocols: Sequence[Protocol | None] = self.protocol or (None,)
+        protocols: Sequence[Protocol | None] = [p for p in self.protocol if p != HARNESS] or (None,)
         tasks = {find_task(name, protocol): paths[name] for name in names for protocol in protocols}
         examined: Sequence[str | None] = adapters or [None]
         wanted = [
@@ -111,9 +152,10 @@ class Evaluation:
         ]
         return [*wanted, *of_base(wanted)] if self.evaluate_base and adapters else wanted
 
-    def _model(self) -> MultiAdapterModel:
+    def _model(self, places: Mapping[str, Path]) -> MultiAdapterModel:
+        """Return the base model with the adapters of these folders."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return MultiAdapterModel.from_pretrained(
+        model = MultiAdapterModel.from_pretrained(
             self.base_model,
             dtype=load.DTYPES[self.dtype or ("bf16" if device == "cuda" else "fp32")],
             device=device,
@@ -122,6 +164,9 @@ class Evaluation:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
+        for name, place in places.items():
+            model.load_adapter(place, name, allow_pickle=True)
+        return model
 
 
 def _named(given: Sequence[str]) -> dict[str, Path]:

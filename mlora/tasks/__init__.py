@@ -2,6 +2,7 @@
 
 from mlora.tasks import glue, letter, loglikelihood  # noqa: F401  registers the tasks
 from mlora.tasks.base import (
+    HARNESS,
     PROTOCOLS,
     TASKS,
     Protocol,
@@ -18,6 +19,7 @@ from mlora.tasks.base import (
 from mlora.tasks.metrics import METRICS, Score, accuracy
 
 __all__ = [
+    "HARNESS",
     "METRICS",
     "PROTOCOLS",
     "TASKS",

@@ -17,11 +17,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 Protocol = Literal["letter", "classification", "loglikelihood"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 """In the order of preference: a name that several have is the first's where none is asked for."""
+HARNESS: Final = "lm-eval"
+"""Protocol of results that lm-evaluation-harness measures on tasks of its own."""
 Row = Mapping[str, Any]
 
 
