@@ -36,11 +36,16 @@ from mlora.tasks import PROTOCOLS, find_task, known_tasks
 from mlora.training.stop import Deadline, Paused, Stopped
 from mlora.wording import counted
 
+_FALLING = {"lr": 5e-4, "scheduler_type": "linear", "max_grad_norm": 1.0}
 SMALL = {
-    "lora": {"r": 16, "lora_alpha": 32, "lr": 5e-4},
-    "mixlora": {"r": 6, "lora_alpha": 12, "num_experts": 4, "lr": 5e-4},
+    "lora": {"r": 16, "lora_alpha": 32} | _FALLING,
+    "mixlora": {"r": 6, "lora_alpha": 12, "num_experts": 4} | _FALLING,
 }
-"""Settings of `--scale small`, by whether a template has experts; what they leave out is the paper's."""
+"""Settings of `--scale small`, by whether a template has experts; what they leave out is the paper's.
+
+The rate falls and gradients are clipped: at the paper's constant rate one of twelve adapters of a 135M model diverged
+at the end of its epoch (benchmarks/RESULTS.md).
+"""
 BYTES_PER_PARAMETER = 16
 """Of a trained number in float32: itself, its gradient and AdamW's two moments."""
 MEMORY_SHARE = 0.4

@@ -1,5 +1,7 @@
 """A router's logits in float32 from activations of any dtype, which are read as they are and never converted in memory.
 
+Products run in three terms of TF32 ("tf32x3"), whose sum is float32's to a few units in the last place.
+
 Shapes: n tokens, D hidden, E experts.
 """
 
@@ -17,19 +19,21 @@ from mlora.ops.fused.products import VARYING, shares, unit_stride
 
 @triton.jit(do_not_specialize=VARYING)
 def _router(
-    x, router, logits, tokens, features, experts, x_token, BT: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr
+    x, router, logits, tokens, features, experts, x_token, share, BT: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr
 ):  # fmt: skip
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     e = tl.arange(0, BE)
     live, wanted = t < tokens, e < experts
     total = tl.zeros((BT, BE), tl.float32)
-    for start in range(0, features, BF):
+    first = tl.program_id(1) * share
+    for start in range(first, tl.minimum(first + share, features), BF):
         f = start + tl.arange(0, BF)
         inside = f < features
         part = tl.load(x + t[:, None] * x_token + f[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-        own = tl.load(router + e[None, :] * features + f[:, None], mask=wanted[None, :] & inside[:, None], other=0.0)
-        total += tl.dot(part.to(tl.float32), own, input_precision="ieee")
-    tl.store(logits + t[:, None] * experts + e[None, :], total, mask=live[:, None] & wanted[None, :])
+        own = tl.load(router + e[:, None] * features + f[None, :], mask=wanted[:, None] & inside[None, :], other=0.0)
+        total += tl.dot(part.to(tl.float32), tl.trans(own), input_precision="tf32x3")
+    place = logits + (tl.program_id(1) * tokens.to(tl.int64) + t)[:, None] * experts + e[None, :]
+    tl.store(place, total, mask=live[:, None] & wanted[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -50,8 +54,8 @@ def _router_grad(
         both = live[:, None] & inside[None, :]
         g = tl.load(grad + t[:, None] * experts + e[None, :], mask=live[:, None] & wanted[None, :], other=0.0)
         part = tl.load(x + t[:, None] * x_token + f[None, :], mask=both, other=0.0).to(tl.float32)
-        total += tl.dot(tl.trans(g), part, input_precision="ieee")
-        spread = tl.dot(g, own, input_precision="ieee")
+        total += tl.dot(tl.trans(g), part, input_precision="tf32x3")
+        spread = tl.dot(g, own, input_precision="tf32x3")
         tl.store(x_grad + t[:, None] * features + f[None, :], spread.to(x_grad.dtype.element_ty), mask=both)
     place = router_grad + tl.program_id(1).to(tl.int64) * experts * features
     tl.store(place + e[:, None] * features + f[None, :], total, mask=columns)
@@ -61,12 +65,15 @@ class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, router: Tensor) -> Tensor:
         ctx.save_for_backward(x, router)
-        logits = x.new_empty((len(x), len(router)), dtype=torch.float32)
+        tiles = triton.cdiv(len(x), 32)
+        parts, share = shares(x.shape[1], 128, tiles)
+        logits = x.new_empty((parts, len(x), len(router)), dtype=torch.float32)
         if len(x):
-            _router[(triton.cdiv(len(x), 16),)](
-                x, router, logits, len(x), x.shape[1], len(router), x.stride(0), BT=16, BF=128, BE=_block(router)
-            )
-        return logits
+            _router[(tiles, parts)](
+                x, router, logits, len(x), x.shape[1], len(router), x.stride(0), share, BT=32, BF=128,
+                BE=_block(router), num_warps=2,
+            )  # fmt: skip
+        return logits.sum(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
