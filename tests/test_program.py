@@ -494,7 +494,7 @@ def test_the_best_state_by_held_out_loss_is_kept(
 ) -> None:
     told = iter([3.0, 2.0, 1.0, 2.0])
     own = HeldOut.loss
-    monkeypatch.setattr(HeldOut, "loss", lambda self, model: own(self, model) * 0 + next(told))
+    monkeypatch.setattr(HeldOut, "loss", lambda self, *given: own(self, *given) * 0 + next(told))
     for file, count in (("rows.json", 24), ("other.json", 8)):
         rows = [{"instruction": "Go", "input": "", "output": f"{file} {i}"} for i in range(count)]
         Path(file).write_text(json.dumps(rows))

@@ -11,6 +11,7 @@ import click
 
 from mlora.cli.options import CONTEXT, DTYPES, all_of, base_model, base_source, option
 from mlora.cli.program import program
+from mlora.cli.ranks import start_ranks
 from mlora.cli.start import start
 from mlora.config import RunOptions, load_config
 from mlora.config.templates import ROOT
@@ -31,7 +32,8 @@ run_options = all_of(
         option("limit", "Rows read of each split, for a quick look.", click.IntRange(1)),
         option("random_seed", "Seed of everything random.", int, default=42, show_default=True),
         option("deterministic", "Use deterministic kernels only.", bool, default=False),
-        option("num_gpus", "GPUs; more than one is not built yet.", click.IntRange(1), default=1, show_default=True),
+        option("num_gpus", "GPUs that share every step.", click.IntRange(1), default=1, show_default=True),
+        option("num_processes", "The same on the CPU: processes.", click.IntRange(1), default=1, show_default=True),
         option("cuda_device", "GPUs that may be used: 0, or 0,1.", metavar="N"),
         option("dtype", "Of the base model. [default: bf16 on CUDA, fp32 else]", DTYPES),
         option("quantize", "Load the base model quantised.", click.Choice(["4bit", "8bit"])),
@@ -85,6 +87,8 @@ def demo(ctx: click.Context) -> None:
 def train(**flags: Any) -> None:
     """Train the adapters of a config; what `launch.py run` starts."""
     options = RunOptions(**flags)
+    if options.ranks > 1 and not options.dry_run and "WORLD_SIZE" not in os.environ:
+        sys.exit(start_ranks(options))
     if options.cuda_device is not None:  # read when CUDA is first used, so before torch is
         os.environ["CUDA_VISIBLE_DEVICES"] = options.cuda_device
     from mlora.runs.program import main as train_main

@@ -14,12 +14,16 @@ from mlora.config.templates import ROOT
 
 def start(options: RunOptions) -> int:
     """Run the training program and return its exit status."""
+    return wait(*program(options))
+
+
+def program(options: RunOptions) -> tuple[list[str], dict[str, str]]:
+    """Return the command of the training program and its environment."""
     script = ROOT / "train.py" if (ROOT / "train.py").exists() else ROOT / "programs" / "train.py"
-    command = [sys.executable, str(script), *options.arguments()]
     environment = dict(os.environ)
     if options.cuda_device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = options.cuda_device
-    return wait(command, environment)
+    return [sys.executable, str(script), *options.arguments()], environment
 
 
 def wait(command: list[str], environment: dict[str, str]) -> int:

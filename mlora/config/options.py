@@ -24,7 +24,8 @@ class RunOptions:
         limit: rows read of each split; None leaves it to the config.
         random_seed: of initial weights, data order and dropout.
         deterministic: use deterministic kernels only.
-        num_gpus: processes of a data-parallel run.
+        num_gpus: that share every step, one process each.
+        num_processes: that share every step on the CPU.
         cuda_device: GPUs to use, "0" or "0,1"; None for all.
         dtype: of the base model's weights, "bf16", "fp16" or "fp32"; None for bf16 on CUDA, fp32 on the CPU.
         quantize: "4bit" or "8bit"; None for full weights.
@@ -59,6 +60,7 @@ class RunOptions:
     random_seed: int = 42
     deterministic: bool = False
     num_gpus: int = 1
+    num_processes: int = 1
     cuda_device: str | None = None
     dtype: str | None = None
     quantize: str | None = None
@@ -75,6 +77,11 @@ class RunOptions:
     tracker: str | None = None
     log_file: str = "mlora.log"
     debug: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share every step."""
+        return max(self.num_gpus, self.num_processes)
 
     def arguments(self) -> list[str]:
         """Return the options as command-line arguments, each one apart; those at their default are left out."""

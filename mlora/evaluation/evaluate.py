@@ -13,6 +13,7 @@ from mlora.evaluation.score import Prediction, Request, predict
 from mlora.model.errors import ModelError
 from mlora.model.multi import MultiAdapterModel
 from mlora.model.profile import RouterProfile
+from mlora.parallel import ALONE, Ranks
 from mlora.tasks import METRICS, find_task
 
 Conditions = dict[str, str | None]
@@ -141,10 +142,12 @@ def examine(
     simultaneously: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     known: Callable[[Examination, Conditions], bool] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Outcome]:
     """Yield the outcome of every examination as soon as it exists.
 
-    Adapters that are evaluated on the same rows of a task share its forwards; which do, changes no result.
+    Adapters that are evaluated on the same rows of a task share its forwards; which do, changes no result. Nor does
+    it which ranks answer which questions.
 
     Args:
         model: that holds the adapters.
@@ -152,7 +155,9 @@ def examine(
         library: that has the questions.
         simultaneously: adapters in one forward; None for all.
         progress: called with the task, the rows done and the rows in all.
-        known: whether an examination need not be held, because its results under these conditions are there.
+        known: whether an examination need not be held, because its results under these conditions are there; the
+            same on all ranks.
+        ranks: that share the questions; every one yields all outcomes.
 
     Raises:
         ModelError: an adapter's classification head is not for a task.
@@ -166,7 +171,7 @@ def examine(
         for start in range(0, len(wanted), size or 1):
             together = dict(wanted[start : start + size])
             report = None if progress is None else lambda done, all, task=group[0].task: progress(task, done, all)
-            yield from _examine_together(model, together, questions, report)
+            yield from _examine_together(model, together, questions, report, ranks)
 
 
 def _examine_together(
@@ -174,20 +179,32 @@ def _examine_together(
     group: dict[Examination, Conditions],
     questions: QuestionSet,
     progress: Callable[[int, int], None] | None,
+    ranks: Ranks,
 ) -> Iterator[Outcome]:
-    requests = [Request(e.adapter, question) for question in questions.encoded for e in group]
-    found: dict[str | None, list[Prediction]] = {e.adapter: [] for e in group}
-    with model.profiling() as profiles:
-        predictions = predict(model, requests, questions.task.protocol, sum(e.batch_size for e in group))
-        for number, (request, prediction) in enumerate(zip(requests, predictions, strict=True), 1):
-            found[request.adapter].append(prediction)
-            if progress is not None and number % len(group) == 0:
-                progress(number // len(group), len(questions.encoded))
-    for examination, under in group.items():
-        own = found[examination.adapter]
-        results = _results(examination, questions, own, under)
-        routing = None if examination.adapter is None else profiles.get(examination.adapter)
-        yield Outcome(examination, questions, own, results, routing)
+    asked = range(len(questions.encoded))
+
+    def answers() -> tuple[list[Prediction], dict[str, RouterProfile]]:
+        """Return this rank's predictions, question by question, and what the routers did."""
+        requests = [Request(e.adapter, questions.encoded[i]) for i in ranks.share(asked) for e in group]
+        found = []
+        with model.profiling() as profiles:
+            for prediction in predict(model, requests, questions.task.protocol, sum(e.batch_size for e in group)):
+                found.append(prediction)
+                if progress is not None and len(found) % len(group) == 0:
+                    progress(min(len(found) // len(group) * ranks.count, len(asked)), len(asked))
+        return found, profiles if ranks.count == 1 else {name: own.on_cpu() for name, own in profiles.items()}
+
+    parts = ranks.all_done(answers)
+    for number, (examination, under) in enumerate(group.items()):
+        own = [parts[i % ranks.count][0][i // ranks.count * len(group) + number] for i in asked]
+        routing = None
+        for _, profiles in parts:
+            profile = None if examination.adapter is None else profiles.get(examination.adapter)
+            if routing is None:
+                routing = profile
+            elif profile is not None:
+                routing.merge(profile)
+        yield Outcome(examination, questions, own, _results(examination, questions, own, under), routing)
 
 
 def _results(

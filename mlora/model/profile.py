@@ -64,6 +64,22 @@ class RouterProfile:
         self._paths = tuple(router_logits)
         self.tokens += logits.shape[1]
 
+    def on_cpu(self) -> RouterProfile:
+        """Return the same, to be sent to another process."""
+        found = RouterProfile(self.method)
+        found.tokens, found._paths, found._sums = self.tokens, self._paths, tuple(part.cpu() for part in self._sums)
+        return found
+
+    def merge(self, other: RouterProfile) -> None:
+        """Take in what the same adapter's routers did elsewhere."""
+        if other._sums:
+            sums = tuple(
+                theirs.to(own.device) for own, theirs in zip(self._sums or other._sums, other._sums, strict=True)
+            )
+            self._sums = tuple(map(torch.add, self._sums, sums)) if self._sums else sums
+            self._paths = other._paths
+            self.tokens += other.tokens
+
     def layers(self) -> list[dict[str, Any]]:
         """Return what `router.jsonl` holds of every router, in the order in which they ran; [] where there is none."""
         if not self._sums or not self.tokens:

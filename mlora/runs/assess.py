@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mlora.config import JobConfig
@@ -12,6 +13,7 @@ from mlora.config.job import CASUAL
 from mlora.data import split_paths, task_names
 from mlora.evaluation import Conditions, Examination, Library, by_questions, examine
 from mlora.model.multi import MultiAdapterModel
+from mlora.parallel import ALONE, Lost, Ranks
 from mlora.report.progress import Rows
 from mlora.runs.folder import RunFolder
 from mlora.tasks import find_task
@@ -56,6 +58,7 @@ def assess(
     deadline: Deadline | None = None,
     keep: bool = False,
     with_samples: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Evaluate, write each result as soon as it exists, and return the results and what failed.
 
@@ -68,6 +71,7 @@ def assess(
         deadline: end of the time limit.
         keep: whether results of the same adapters on the same questions are kept rather than found again.
         with_samples: whether to write what was answered to each row.
+        ranks: that share the questions; the first writes.
 
     Raises:
         Paused: the time is up; the results so far are written.
@@ -76,7 +80,7 @@ def assess(
     failures: list[str] = []
 
     def known(examination: Examination, under: Conditions) -> bool:
-        found = folder.known_results(examination, under) if keep else []
+        found = ranks.as_first(lambda: folder.known_results(examination, under)) if keep else []
         if with_samples and not folder.samples(examination).exists():
             return False
         results.extend(found)
@@ -91,10 +95,10 @@ def assess(
 
         for group in by_questions(wanted):
             try:
-                for outcome in examine(model, group, library, simultaneously, report, known):
+                for outcome in examine(model, group, library, simultaneously, report, known, ranks):
                     results += [result.as_dict() for result in outcome.results]  # shown even where the disk is full
-                    folder.add_outcome(outcome, with_samples)
-            except Paused:
+                    ranks.as_first(partial(folder.add_outcome, outcome, with_samples))
+            except (Paused, Lost):
                 raise
             except Exception as error:  # whatever one task fails by, the others' results must not be lost
                 log.exception("evaluation of %s failed", group[0].task)

@@ -74,10 +74,11 @@ class RunFolder:
 
     Args:
         path: as given on the command line.
+        writes: whether this process is the one that writes; of the others nothing reaches the disk.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str, writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
         self.adapters = self.path if path == "." else self.path / "adapters"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
@@ -124,6 +125,8 @@ class RunFolder:
 
     def begin(self, config: dict[str, Any], command: list[str], options: dict[str, Any]) -> None:
         """Write the resolved config and what it runs on."""
+        if not self.writes:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         self._clear_leftovers()
         write_json(self.environment, environment(command, options))
@@ -138,13 +141,15 @@ class RunFolder:
 
     def log_step(self, adapter: str, step: int, measured: dict[str, Any]) -> None:
         """Append one optimizer step of one adapter to metrics.jsonl."""
+        if not self.writes:
+            return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in measured.items()}
         _append(self.metrics, {"adapter": adapter, "step": step} | finite)
         self.trackers.log(adapter, step, measured)
 
     def log_routing(self, adapter: str, step: int, job: JobConfig, profile: RouterProfile) -> None:
         """Append how an adapter's routers spread the tokens of a training step to router.jsonl, if it has any."""
-        layers = profile.layers()
+        layers = profile.layers() if self.writes else []
         if layers:
             described = {"step": step, "split": "train", "task": job.task_name, "protocol": job.protocol}
             _append(self.router, {"adapter": adapter} | described | {"tokens": profile.tokens, "layers": layers})
@@ -158,7 +163,7 @@ class RunFolder:
             examined: whether the evaluation after that step stands too.
         """
         for file in (self.metrics, self.router):
-            if not file.exists():
+            if not self.writes or not file.exists():
                 continue
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if not _is_later(line, adapter, after, examined)]
@@ -167,6 +172,8 @@ class RunFolder:
 
     def log_evaluation(self, adapter: str, step: int, result: dict[str, Any]) -> None:
         """Append a result on validation rows that was measured during training to metrics.jsonl."""
+        if not self.writes:
+            return
         described = {"adapter": adapter, "step": step, "split": "validation"}
         _append(self.metrics, described | {key: result[key] for key in EVALUATION})
         self.trackers.log(adapter, step, _tracked(result))

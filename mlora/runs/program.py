@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Protocol
 
 from mlora.config import ConfigError, Problem, RunOptions
 from mlora.data import DataError
 from mlora.model.errors import ModelError
+from mlora.parallel import ALONE, Lost, Ranks
 from mlora.runs.folder import alone, log_path
 from mlora.runs.output import outlives_its_readers
 from mlora.runs.run import Run, RunError
@@ -21,7 +23,7 @@ from mlora.training.checkpoint import CheckpointError
 from mlora.training.stop import Paused, Stopped, interruptible
 
 BAD_INPUT = (ConfigError, DataError, ModelError, UnknownTaskError)
-FAILED = (RunError, CheckpointError)
+FAILED = (RunError, CheckpointError, Lost)
 
 log = logging.getLogger("mlora")
 
@@ -43,52 +45,58 @@ class Told(Protocol):
 
 
 def main(options: RunOptions) -> int:
-    """Run a config, and return the exit status; see `finish`."""
-    return finish(lambda: Run(options).run(), options)
+    """Run a config, and return the exit status; see `finish`. Of several ranks the first speaks to the user."""
+    ranks = Ranks.from_environment()
+    if ranks.first:
+        return finish(lambda: Run(options).run(), options)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        return finish(lambda: Run(options).run(), options, ranks)
 
 
-def finish(work: Callable[[], None], options: Told) -> int:
+def finish(work: Callable[[], None], options: Told, ranks: Ranks = ALONE) -> int:
     """Do the work of a command, and return the exit status.
 
     Args:
         work: raises what has gone wrong.
         options: of the command.
+        ranks: what the first finds out as well, the others keep to themselves; they have no log.
 
     Returns:
         0 done or out of time, 1 failed, 2 bad input, 130 interrupted.
     """
     with outlives_its_readers():
-        return _finished(work, options)
+        return _finished(work, options, ranks)
 
 
-def _finished(work: Callable[[], None], options: Told) -> int:
+def _finished(work: Callable[[], None], options: Told, ranks: Ranks) -> int:
     try:
-        logs = _log_to(options)
-        reads_only = getattr(options, "dry_run", False) or getattr(options, "inference", False)
+        logs = _log_to(options, ranks)
+        reads_only = getattr(options, "dry_run", False) or getattr(options, "inference", False) or not ranks.first
         with interruptible(), nullcontext() if reads_only else alone(options.dir):
             work()
         return 0
     except BAD_INPUT as error:
-        return _fail(error, 2, options)
+        return _fail(error, 2, options) if ranks.first else 2
     except FAILED as error:
-        return _fail(error, 1, options)
+        return _fail(error, 1, options) if ranks.first else 1
     except Paused as error:
         print(error)
         return 0
     except (KeyboardInterrupt, Stopped) as error:
-        print(str(error) or "interrupted", file=sys.stderr)
+        if ranks.first:
+            print(str(error) or "interrupted", file=sys.stderr)
         return 130
     except Exception as error:  # the last resort of a program: one line for the user, all of it in the log
         where = "--debug shows the traceback" if logs is None else f"the traceback is in {logs}"
-        return _fail(error, 1, options, f"; {where}")
+        return _fail(error, 1, options, f"; {where}", "" if ranks.first else f"process {ranks.rank}: ")
 
 
-def _fail(error: Exception, status: int, options: Told, hint: str = "") -> int:
+def _fail(error: Exception, status: int, options: Told, hint: str = "", who: str = "") -> int:
     log.debug("failed", exc_info=error)
     if options.debug:
         traceback.print_exception(error)
     kind = "" if isinstance(error, (*BAD_INPUT, *FAILED)) else f"{type(error).__name__}: "
-    print(f"Error: {kind}{error}{hint}", file=sys.stderr)
+    print(f"Error: {who}{kind}{error}{hint}", file=sys.stderr)
     return status
 
 
@@ -111,19 +119,21 @@ class _LogFile(logging.FileHandler):
             print(f"WARNING: {self.baseFilename}: cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
 
 
-def _log_to(options: Told) -> Path | None:
+def _log_to(options: Told, ranks: Ranks) -> Path | None:
     """Write everything to the log file, whose path is returned, and warnings to standard error; a dry run has no file.
+
+    Nor has a rank other than the first, of which nothing but errors is shown.
 
     Raises:
         ConfigError: the file cannot be written.
     """
     to_user = logging.StreamHandler()
     to_user.setFormatter(_Line("%(levelname)s: %(message)s"))
-    to_user.setLevel(logging.WARNING)
+    to_user.setLevel(logging.WARNING if ranks.first else logging.ERROR)
     log.handlers[:] = [to_user]
     log.setLevel(logging.DEBUG)
     log.propagate = False
-    if getattr(options, "dry_run", False):
+    if getattr(options, "dry_run", False) or not ranks.first:
         return None
     path = log_path(options.dir, options.log_file)
     try:

@@ -23,6 +23,7 @@ from mlora.evaluation import Examination, Library, check_heads
 from mlora.model import card, files, load
 from mlora.model.multi import MultiAdapterModel
 from mlora.model.recompute import WHATS, Recompute
+from mlora.parallel import Ranks
 from mlora.report.grid import ranking, ranking_table
 from mlora.report.table import results_table
 from mlora.runs.answer import answer_lines
@@ -63,7 +64,8 @@ class Run:
         self.options = options
         self.deadline = Deadline(options.time_limit)
         self.config = _with_options(load_config(options.config), options)
-        self.folder = RunFolder(options.dir)
+        self.ranks = Ranks.from_environment()
+        self.folder = RunFolder(options.dir, writes=self.ranks.first)
         self.origin = load.find(options.base_model, options.revision, options.trust_remote_code)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = load.DTYPES[options.dtype or ("bf16" if self.device == "cuda" else "fp32")]
@@ -77,7 +79,8 @@ class Run:
             Stopped: a signal asked to stop.
         """
         try:
-            failures = self._do()
+            with self.ranks.joined(self.device):
+                failures = self._do()
         finally:
             self.folder.trackers.close()
         if failures:
@@ -111,7 +114,7 @@ class Run:
         failures: list[str] = []
         if training:
             jobs = [
-                Job(config, samples, model, config.seed_or(options.random_seed), held_out)
+                Job(config, samples, model, config.seed_or(options.random_seed), held_out, self.ranks)
                 for config, (samples, held_out) in zip(self.config.lora, rows, strict=True)
             ]
             self._train(model, jobs, validation, library, written)
@@ -127,11 +130,10 @@ class Run:
 
     def _require_possible(self) -> None:
         names = [job.name for job in self.config.lora]
-        for name in names:
+        for name in names if self.ranks.first else ():
             files.clear_leftovers(self.folder.adapter(name))
         options = self.options
-        if options.num_gpus > 1 or os.environ.get("WORLD_SIZE", "1") != "1":
-            raise _bad("--num_gpus", "training on several GPUs is not built yet; leave it at 1")
+        self._require_ranks()
         wanted = options.cuda_device
         if wanted is not None and not re.fullmatch(r"\d+(,\d+)*", wanted):
             raise _bad("--cuda_device", f"{wanted!r} is not allowed; allowed: numbers of GPUs, such as 0 or 0,1")
@@ -157,6 +159,24 @@ class Run:
         if trackers is not None:
             raise _bad("--tracker", trackers)
         self.folder.require_own(names)
+
+    def _require_ranks(self) -> None:
+        """Refuse numbers of processes that this machine, or what is asked for, does not allow."""
+        options, gpus = self.options, torch.cuda.device_count()
+        if options.num_gpus > 1 and options.num_processes > 1:
+            raise _bad("--num_processes", "cannot be combined with --num_gpus")
+        if options.num_gpus > max(gpus, 1):
+            seen = f"{gpus} of them can be seen here" if gpus else "none can be seen here; on the CPU --num_processes"
+            raise _bad("--num_gpus", f"{options.num_gpus} GPUs: {seen}")
+        if options.num_processes > 1 and gpus:
+            raise _bad("--num_processes", f"is for the CPU; {gpus} GPUs can be seen here: --num_gpus")
+        if self.ranks.count > 1 and options.ranks not in (1, self.ranks.count):
+            flag = "--num_gpus" if options.num_gpus > 1 else "--num_processes"
+            raise _bad(flag, f"{options.ranks}, but {self.ranks.count} processes were started (WORLD_SIZE)")
+        if gpus and self.ranks.local >= gpus:
+            raise _bad("--num_gpus", f"process {self.ranks.rank} has no GPU: {gpus} can be seen here (LOCAL_RANK)")
+        if self.ranks.count > 1 and options.inference:
+            raise _bad("--inference", "answers come from one process; leave --num_gpus away")
 
     @property
     def _trackers(self) -> list[str]:
@@ -217,10 +237,14 @@ class Run:
         written: Sequence[Path],
     ) -> None:
         options = self.options
-        session = Session(model, jobs, self.config, self.folder, validation, library, self._making, self.deadline)
+        for job in jobs:  # the same in theory; a factorisation on a GPU may differ in its last bits
+            self.ranks.from_first_(job.parameters)
+        session = Session(
+            model, jobs, self.config, self.folder, validation, library, self._making, self.deadline, self.ranks
+        )
         if options.resume:  # refused where settings differ, and then config.json still tells of the first
             session.resume()
-        else:  # what an earlier training of these adapters has left would be taken for this one's
+        elif self.ranks.first:  # what an earlier training of these adapters has left would be taken for this one's
             for job in jobs:
                 place = (self.folder.checkpoints / job.name).resolve()
                 if place.exists():
@@ -228,9 +252,10 @@ class Run:
             if not options.load_adapter:
                 session.forget_metrics()
         self.folder.begin(resolved(self.config), command_line(), asdict(options))
-        self.folder.trackers = Trackers.opened(
-            self._trackers, self.folder.path, self.folder.path.resolve().name, resolved(self.config)
-        )
+        if self.ranks.first:
+            self.folder.trackers = Trackers.opened(
+                self._trackers, self.folder.path, self.folder.path.resolve().name, resolved(self.config)
+            )
         planned = [PlannedJob.of(job.config, job.samples, model.num_parameters(job.name)) for job in jobs]
         base = model.num_parameters(None)
         print(Plan(options.base_model, self.dtype, self.device, base, planned, written), flush=True)
@@ -260,7 +285,10 @@ class Run:
             simultaneously,
             deadline=self.deadline,
             keep=self.options.resume,
+            ranks=self.ranks,
         )
+        if not self.ranks.first:
+            return failures
         none = "nothing was evaluated" if failures else "nothing was evaluated: instruction data has no benchmark"
         print(results_table(results) if results else none, flush=True)
         for job in self.config.lora:
@@ -281,6 +309,8 @@ class Run:
 
     def _report(self) -> None:
         """Write the report; the run is done and saved, so nothing that goes wrong here may fail it."""
+        if not self.ranks.first:
+            return
         try:
             write_report([self.folder.path], self.folder.report)
             print(f"report: {self.folder.report}", flush=True)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from mlora.config import ConfigError, Problem, RunConfig
 from mlora.evaluation import Examination, Library, Result, examine
 from mlora.model import card, files
 from mlora.model.multi import MultiAdapterModel
+from mlora.model.profile import RouterProfile
+from mlora.parallel import ALONE, Ranks
 from mlora.report.progress import Progress
 from mlora.runs.folder import RunFolder
 from mlora.training.checkpoint import Checkpoints
 from mlora.training.job import Job
 from mlora.training.stop import Deadline, Paused, Stop, Stopped
-from mlora.training.trainer import train
+from mlora.training.trainer import gather_gradients, train
 
 
 class Session:
@@ -32,6 +34,7 @@ class Session:
         library: that has the questions.
         making: how an adapter came to be, by name, for its card.
         deadline: end of the time limit.
+        ranks: that train the jobs together; the first writes.
     """
 
     def __init__(
@@ -44,9 +47,11 @@ class Session:
         library: Library,
         making: Callable[[str], card.Making],
         deadline: Deadline,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.jobs, self.config, self.folder = model, jobs, config, folder
         self.validation, self.library, self.making, self.deadline = validation, library, making, deadline
+        self.ranks = ranks
         self.checkpoints = Checkpoints(folder.checkpoints, jobs, model, config.keep_last)
 
     def forget_metrics(self) -> None:
@@ -60,7 +65,7 @@ class Session:
         Raises:
             ConfigError: there was a training and none of its checkpoints can be used.
         """
-        if not self.checkpoints.restore():
+        if not self.ranks.first_then_others(self.checkpoints.restore):
             begun = [job.name for job in self.jobs if self.folder.adapter(job.name).exists()]
             begun += [path.parent.name for path in self.checkpoints.damaged]
             if begun:
@@ -93,21 +98,24 @@ class Session:
                     self.folder.log_step(job.name, job.step, job.measured)
                     progress.step(job.name, job.step, job.measured)
                     if job.routing is not None:
-                        self.folder.log_routing(job.name, job.step, job.config, job.routing)
+                        self._log_routing(job, job.routing)
                 with suppress(Stopped):
                     self._settle(stop)
                 due = any(job.done or job.step - saved[job.name] >= self.config.save_step for job in stepped)
-                ends = stop.requested or self.deadline.passed
+                ends = self.ranks.any(stop.requested or self.deadline.passed)
                 if due or ends:
-                    self.checkpoints.save()
+                    gather_gradients(self.jobs, self.ranks)
+                    if self.ranks.first:
+                        self.checkpoints.save()
                     saved.update((job.name, job.step) for job in self.jobs)
                 return ends
 
             # an examination that an earlier signal broke off comes first
             if not after_round([]):
-                train(self.model, self.jobs, self.config.train_lora_simultaneously_num, after_round)
-        if stop.requested or not all(job.done for job in self.jobs):
-            kind, why = (Stopped, "interrupted") if stop.requested else (Paused, "time is up")
+                train(self.model, self.jobs, self.config.train_lora_simultaneously_num, after_round, self.ranks)
+        interrupted = self.ranks.any(stop.requested)
+        if interrupted or not all(job.done for job in self.jobs):
+            kind, why = (Stopped, "interrupted") if interrupted else (Paused, "time is up")
             raise kind(f"{why}; a checkpoint is saved: the same command with --resume goes on")
 
     def _settle(self, stop: Stop) -> None:
@@ -117,30 +125,55 @@ class Session:
             Stopped: a signal came while it was examined; it is due still.
         """
         for job in (job for job in self.jobs if job.to_examine):
-            with stop.at_once():
-                loss, results = self._examine(job)
+            loss, results = self._examine(job, stop)
             if loss is not None:
                 self.folder.log_step(job.name, job.step, {"eval_loss": loss})
                 if loss < job.best_loss:
                     job.best_loss = loss
-                    self.checkpoints.save_best(job)
+                    if self.ranks.first:
+                        self.checkpoints.save_best(job)
             for result in results:
                 self.folder.log_evaluation(job.name, job.step, result.as_dict())
             if job.done:
                 self._finish(job)
             job.to_examine = False
 
-    def _examine(self, job: Job) -> tuple[float | None, list[Result]]:
-        """Return the held-out loss where rows are held out, and scores on validation rows where they are asked for."""
-        loss = None if job.held_out is None else job.held_out.loss(self.model)
-        outcomes = examine(self.model, self.validation[job.name], self.library)
-        return loss, [result for outcome in outcomes for result in outcome.results]
+    def _examine(self, job: Job, stop: Stop) -> tuple[float | None, list[Result]]:
+        """Return the held-out loss where rows are held out, and scores on validation rows where they are asked for.
+
+        Raises:
+            Stopped: on all ranks, where one of them was told to stop.
+        """
+
+        def still_wanted(*done: object) -> None:
+            if stop.requested:
+                raise Stopped
+
+        if self.ranks.any(stop.requested):
+            raise Stopped
+        # several ranks break off where they are told so together, between two batches; one may do so anywhere
+        with stop.at_once() if self.ranks.count == 1 else nullcontext():
+            loss = None if job.held_out is None else job.held_out.loss(self.model, self.ranks)
+            outcomes = examine(
+                self.model, self.validation[job.name], self.library, progress=still_wanted, ranks=self.ranks
+            )
+            return loss, [result for outcome in outcomes for result in outcome.results]
+
+    def _log_routing(self, job: Job, profile: RouterProfile) -> None:
+        if self.ranks.count > 1:
+            own, profile = profile.on_cpu(), RouterProfile(profile.method)
+            for part in self.ranks.gather(own):
+                profile.merge(part)
+        self.folder.log_routing(job.name, job.step, job.config, profile)
 
     def _finish(self, job: Job) -> None:
         """Save an adapter at its end, in its best state where rows were held out."""
         if job.best_loss < math.inf:
-            self.checkpoints.restore_best(job)
-        self._save(job.name, self.folder.adapter(job.name))
+            if self.ranks.first:
+                self.checkpoints.restore_best(job)
+            self.ranks.from_first_(job.parameters)
+        if self.ranks.first:
+            self._save(job.name, self.folder.adapter(job.name))
 
     def _save(self, name: str, place: Path) -> None:
         with files.whole_folder(place) as folder:

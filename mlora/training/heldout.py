@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -12,6 +13,7 @@ from mlora.data import Sample
 from mlora.model.batch import Batch, Row
 from mlora.model.memory import in_batches
 from mlora.model.multi import MultiAdapterModel
+from mlora.parallel import ALONE, Ranks
 
 
 @dataclass
@@ -29,8 +31,13 @@ class HeldOut:
     batch_size: int
 
     @torch.no_grad()
-    def loss(self, model: MultiAdapterModel) -> float:
-        """Return the mean cross-entropy over all label tokens, or rows in classification, without dropout."""
+    def loss(self, model: MultiAdapterModel, ranks: Ranks = ALONE) -> float:
+        """Return the mean cross-entropy over all label tokens, or rows in classification, without dropout.
+
+        Args:
+            model: that holds the adapter.
+            ranks: that share the rows.
+        """
         model.eval()
 
         def outputs(samples: Sequence[Sample]) -> tuple[float, int]:
@@ -38,7 +45,8 @@ class HeldOut:
             out = model(Batch.pack(rows, device=model.device))[self.adapter]
             return float(out.loss) * int(out.num_tokens), int(out.num_tokens)
 
-        sums, tokens = zip(*in_batches(self.samples, self.batch_size, outputs), strict=True)
+        parts = ranks.all_done(lambda: list(in_batches(ranks.share(self.samples), self.batch_size, outputs)))
+        sums, tokens = zip(*chain(*parts), strict=True)
         return sum(sums) / max(sum(tokens), 1)
 
 

@@ -27,6 +27,7 @@ from mlora.model.errors import ModelError
 from mlora.model.graphs import Losses, Weights
 from mlora.model.multi import AdapterOutput, MultiAdapterModel
 from mlora.model.profile import RouterProfile
+from mlora.parallel import ALONE, Ranks
 from mlora.training.heldout import HeldOut
 from mlora.training.schedule import build_schedule
 from mlora.wording import install
@@ -48,12 +49,14 @@ class Job:
         model: that holds the adapter under the config's name.
         seed: of the adapter; with its name and the epoch it fixes the order of rows.
         held_out: rows that decide which state of the adapter is kept; None keeps the last.
+        ranks: processes that train this job together, each on rows of its own.
 
     Attributes:
         step: optimizer steps done.
         row: rows of the step in progress that are done.
-        micro_batches: computed so far, in all steps.
+        micro_batches: computed so far, in all steps; those that ranks compute at the same time count once.
         micro_batch_size: rows of a forward pass: the config's, or fewer where memory did not suffice.
+        counted: [2] the losses of this rank's part of the micro-batch in progress, weighted; None without rows.
         measured: of the step in progress, or of the last where none is.
         to_examine: whether an evaluation is due after the step just taken: every `evaluate_steps`, else at the end of
             an epoch, and at the very end. Who evaluates resets it.
@@ -66,7 +69,9 @@ class Job:
         model: MultiAdapterModel,
         seed: int,
         held_out: HeldOut | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.config, self.name, self.samples, self.seed = config, config.name, samples, seed
         self.steps_per_epoch = math.ceil(len(samples) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.num_epochs
@@ -83,7 +88,7 @@ class Job:
         self._order: tuple[int, list[int]] = (-1, [])
         self._step: _Step | None = None
         self.measured: dict[str, float] = {}
-        self._counted = torch.zeros(2)
+        self.counted: torch.Tensor | None = None
         self.routing: RouterProfile | None = None
 
     @property
@@ -110,13 +115,14 @@ class Job:
         return self.step // self.steps_per_epoch
 
     def next_rows(self) -> list[Row]:
-        """Return the micro-batch to compute next."""
+        """Return the micro-batch to compute next: up to `micro_batch_size` rows for each rank."""
         if self._step is None:
             self._step = _Step.of(self.rows_of(self.step))
             if self.row == 0:
                 self.measured = {"loss": 0.0, "aux_loss": 0.0, "num_tokens": float(self._step.tokens)}
             self.routing = RouterProfile(self.method) if self._is_profiled(self.step + 1) else None
-        return self._step.rows[self.row : self.row + self.micro_batch_size]
+        self.counted = None
+        return self._step.rows[self.row : self._next_row]
 
     def _is_profiled(self, step: int) -> bool:
         if not isinstance(self.method, Routed):
@@ -135,42 +141,56 @@ class Job:
         samples = [self.samples[i] for i in chosen]
         return [Row(s.input_ids, s.labels, self.name, index, s.class_id) for index, s in enumerate(samples)]
 
-    def share(self, output: AdapterOutput) -> torch.Tensor:
-        """Return the micro-batch's part of the step's objective.
+    @property
+    def _next_row(self) -> int:
+        """Where the micro-batch in progress ends."""
+        return min(self.row + self.micro_batch_size * self.ranks.count, len(self._require_step().rows))
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the micro-batch in progress is the last of its step."""
+        return self._next_row == len(self._require_step().rows)
+
+    def share(self, output: AdapterOutput, rows: Sequence[Row]) -> torch.Tensor:
+        """Return what rows of the micro-batch bring to the step's objective.
 
         The loss of a step is the sum over its micro-batches divided by the label tokens of the whole step, or by its
         rows in classification; auxiliary losses are weighted by real tokens, since they are means over tokens.
         """
-        weights = self.weights()
+        weights = self.weights(rows)
         loss = output.loss * (int(output.num_tokens) * weights.target)
         aux = output.aux_loss * weights.auxiliary
         self.count(Losses(loss.detach(), aux.detach()), output.router_logits)
         return loss + aux
 
-    def weights(self) -> Weights:
-        """Return the factors of the micro-batch's losses in the step's objective."""
+    def weights(self, rows: Sequence[Row]) -> Weights:
+        """Return the factors of the losses of rows of the micro-batch in the step's objective."""
         step = self._require_step()
-        tokens = sum(len(row.input_ids) for row in self.next_rows())
+        tokens = sum(len(row.input_ids) for row in rows)
         return Weights(1 / max(step.targets, 1), tokens / step.tokens)
 
     def count(self, losses: Losses, router_logits: Mapping[str, torch.Tensor]) -> None:
-        """Take in the micro-batch's part of the step's losses and what its routers saw, without waiting for the device.
+        """Take in this rank's part of the step's losses and what routers saw, without waiting for the device.
 
         Args:
-            losses: of the micro-batch, weighted.
+            losses: of its rows of the micro-batch, weighted.
             router_logits: [n, E] of each router, by site path.
         """
-        self._counted = torch.stack(list(losses))
+        self.counted = torch.stack(list(losses))
         if self.routing is not None:
             self.routing.add(router_logits)
 
-    def advance(self) -> bool:
-        """Count the micro-batch as done; after the last of a step, update the adapter and return True."""
-        for name, value in zip(Losses._fields, self._counted.tolist(), strict=True):
+    def advance(self, losses: Sequence[float]) -> bool:
+        """Count the micro-batch as done; after the last of a step, update the adapter and return True.
+
+        Args:
+            losses: what all ranks together have counted.
+        """
+        for name, value in zip(Losses._fields, losses, strict=True):
             self.measured[name] += value
-        self.row += len(self.next_rows())
+        ends, self.row = self.ends_step, self._next_row
         self.micro_batches += 1
-        if self.row < len(self._require_step().rows):
+        if not ends:
             return False
         limit = self.config.max_grad_norm
         norm = float(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
@@ -221,7 +241,7 @@ class Job:
         self.measured, self.best_loss = state["measured"], state["best_loss"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        for i, gradient in state["gradients"].items():
+        for i, gradient in state["gradients"].items() if self.ranks.first else ():  # what all ranks had added up
             self.parameters[i].grad = gradient.to(self.parameters[i].device)
 
 

@@ -1,17 +1,23 @@
-"""The loop: rows of several jobs in one batch, one forward, one backward, each job's own step."""
+"""The loop: rows of several jobs in one batch, one forward, one backward, each job's own step.
+
+Ranks walk through it together. Each computes rows of its own of every micro-batch; of a step they add up the
+gradients, in one message for all jobs that take one, and so take the same step.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 
-from mlora.model.batch import Batch
+from mlora.model.batch import Batch, Row
 from mlora.model.graphs import Graphs
 from mlora.model.memory import peak_bytes, ran_out
 from mlora.model.multi import MultiAdapterModel
+from mlora.parallel import ALONE, Ranks, places
 from mlora.training.job import Job
 
 log = logging.getLogger(__name__)
@@ -22,6 +28,7 @@ def train(
     jobs: Sequence[Job],
     simultaneously: int | None,
     after_round: Callable[[list[Job]], bool],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train jobs to their ends, at most so many at once; one that ends makes room for the next that waits.
 
@@ -33,7 +40,8 @@ def train(
         jobs: in the order in which they come in.
         simultaneously: adapters in one forward; None for all.
         after_round: called after every forward and backward with the jobs that have thereby taken an optimizer step;
-            their `measured` tells of it. Returning True stops the training there.
+            their `measured` tells of it. Returning True stops the training there, and must on all ranks or none.
+        ranks: that share every step; the jobs know them too.
 
     Raises:
         torch.OutOfMemoryError: a single row does not fit.
@@ -45,12 +53,15 @@ def train(
         now = time.perf_counter()
         for job in active:
             started.setdefault(job.name, now)
-        if not _computed(model, active, graphs):
+        computed = _computed(model, active, graphs, ranks)
+        losses = _losses(active, computed, ranks)
+        if losses is None:
             if graphs is not None:
                 graphs.forget()
             together = _relieve(active)
             continue
-        stepped = [job for job in active if job.advance()]
+        sum_gradients([job for job in active if job.ends_step], ranks)
+        stepped = [job for job, own in zip(active, losses, strict=True) if job.advance(own)]
         for job in stepped:
             job.measured["seconds"] = time.perf_counter() - started.pop(job.name)
             job.measured["max_memory_bytes"] = peak_bytes(model.device)
@@ -64,20 +75,73 @@ def graphs_for(model: MultiAdapterModel) -> Graphs | None:
     return Graphs(model) if model.device.type == "cuda" else None
 
 
-def _computed(model: MultiAdapterModel, jobs: Sequence[Job], graphs: Graphs | None) -> bool:
-    """Add the gradients of each job's next micro-batch; False where memory does not suffice for them."""
+def sum_gradients(jobs: Sequence[Job], ranks: Ranks) -> None:
+    """Give every rank the sum of what all have computed of the jobs' steps in progress, in one message."""
+    parameters = [parameter for job in jobs for parameter in job.parameters]
+    if ranks.count == 1 or not parameters:
+        return
+    sizes = [parameter.numel() for parameter in parameters]
+    flat = parameters[0].new_zeros(sum(sizes) + len(parameters))
+    parts = [part.view_as(p) for p, part in zip(parameters, flat.split([*sizes, len(parameters)]), strict=False)]
+    has = flat[-len(parameters) :]  # on how many ranks there is a gradient: none at all is something else than zero
+    has.copy_(torch.tensor([float(p.grad is not None) for p in parameters]))
+    known = [(part, p.grad) for part, p in zip(parts, parameters, strict=True) if p.grad is not None]
+    if known:
+        torch._foreach_copy_([part for part, _ in known], [gradient for _, gradient in known])
+    ranks.sum_(flat)
+    found = [(p, part) for p, part, count in zip(parameters, parts, has.tolist(), strict=True) if count]
+    for parameter, _ in found:
+        if parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+    gradients = [parameter.grad for parameter, _ in found if parameter.grad is not None]
+    if gradients:
+        torch._foreach_copy_(gradients, [part for _, part in found])
+
+
+def gather_gradients(jobs: Sequence[Job], ranks: Ranks) -> None:
+    """Bring what all ranks have computed of steps in progress to the first, for a checkpoint to hold."""
+    begun = [job for job in jobs if job.row]
+    sum_gradients(begun, ranks)
+    if not ranks.first:
+        for job in begun:
+            job.optimizer.zero_grad(set_to_none=True)
+
+
+def _own(rows: dict[str, list[Row]], ranks: Ranks) -> dict[str, list[Row]]:
+    """Return this rank's rows of a micro-batch, without the jobs of which it has none."""
+    if ranks.count == 1:
+        return rows
+    chosen = places([[len(row.input_ids) for row in own] for own in rows.values()], ranks.count)[ranks.rank]
+    return {name: [own[i] for i in mine] for (name, own), mine in zip(rows.items(), chosen, strict=True) if mine}
+
+
+def _losses(jobs: Sequence[Job], computed: bool, ranks: Ranks) -> list[list[float]] | None:
+    """Return what all ranks have counted of each job's losses; None where memory did not suffice on one."""
+    known = [job.counted for job in jobs if computed and job.counted is not None]
+    values = iter(torch.stack(known).tolist() if known else ())
+    own = [next(values) if computed and job.counted is not None else [0.0, 0.0] for job in jobs]
+    failures, *sums = ranks.sums([float(not computed), *chain(*own)])
+    return None if failures else [sums[i : i + 2] for i in range(0, len(sums), 2)]
+
+
+def _computed(model: MultiAdapterModel, jobs: Sequence[Job], graphs: Graphs | None, ranks: Ranks) -> bool:
+    """Add the gradients of this rank's rows of each job's next micro-batch; False where memory does not suffice."""
     try:
         model.train()
-        rows = {job.name: job.next_rows() for job in jobs}
+        rows = _own({job.name: job.next_rows() for job in jobs}, ranks)
+        jobs = [job for job in jobs if job.name in rows]
+        if not jobs:
+            return True
         steps: dict[str | None, int] = {job.name: job.step for job in jobs}
         if graphs is not None and graphs.suits(rows):
-            computed = graphs.losses_and_gradients(rows, steps, {job.name: job.weights() for job in jobs})
+            weights = {job.name: job.weights(rows[job.name]) for job in jobs}
+            computed = graphs.losses_and_gradients(rows, steps, weights)
             if computed is not None:
                 for job in jobs:
                     job.count(*computed[job.name])
                 return True
         outputs = model(Batch.pack([row for own in rows.values() for row in own], steps, model.device))
-        torch.stack([job.share(outputs[job.name]) for job in jobs]).sum().backward()
+        torch.stack([job.share(outputs[job.name], rows[job.name]) for job in jobs]).sum().backward()
         return True
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
