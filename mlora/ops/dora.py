@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mlora.ops.lowrank import compute_dtype
-
 _squares = WeakTensorKeyDictionary()
 """By the frozen weight: its squared row norms."""
 
@@ -47,8 +45,8 @@ def squared_row_norms(layer: nn.Module) -> Tensor:
 def dora_norm(layer: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Return the row norms of W + s B A, [O] or [E, O], float32."""
     weight = frozen_weight(layer)
-    rows = a.flatten(0, -2).to(compute_dtype(weight))
-    crossed = (rows @ weight.to(rows.dtype).T).float().unflatten(0, a.shape[:-1])  # [.., r, O]
+    rows = a.flatten(0, -2).to(weight.dtype)
+    crossed = (rows @ weight.T).float().unflatten(0, a.shape[:-1])  # [.., r, O]
     gram = a @ a.transpose(-1, -2)
     mixed = (crossed.transpose(-1, -2) * b).sum(-1)
     own = ((b @ gram) * b).sum(-1)

@@ -55,11 +55,6 @@ class BlockUpdate(NamedTuple):
     experts: Tensor | None = None
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which adapter products run: the activations' own on an accelerator, float32 on the CPU."""
-    return torch.float32 if x.device.type == "cpu" else x.dtype
-
-
 def apply_update(update: LowRankUpdate, x: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return out [n, O] with an update of it, from its input x [n, D], dropped out already.
 
@@ -93,9 +88,8 @@ def rescale(out: Tensor, update: Tensor, factor: Tensor, bias: Tensor | None) ->
 
 
 def reduce(x: Tensor, a: Tensor) -> Tensor:
-    """Return A x: codes [n, r], or [n, E, r] for stacked a [E, r, D]."""
-    dtype = compute_dtype(x)
-    codes = F.linear(x.to(dtype), a.flatten(0, -2).to(dtype))
+    """Return A x: codes [n, r], or [n, E, r] for stacked a [E, r, D], in the dtype of x."""
+    codes = F.linear(x, a.flatten(0, -2).to(x.dtype))
     return codes.unflatten(-1, a.shape[:-1])
 
 

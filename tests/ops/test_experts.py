@@ -36,9 +36,6 @@ def drive(method, p, experts, x, block, segment):
 
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlora.ops import lowrank
-
-    monkeypatch.setattr(lowrank, "compute_dtype", lambda x: x.dtype)
     monkeypatch.setattr(ops, "router_logits", lambda x, r: x @ r.T)
 
 
