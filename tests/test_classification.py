@@ -28,7 +28,7 @@ from mlora.model.recompute import Recompute
 from mlora.runs.program import main
 from mlora.training.job import Job
 from mlora.training.trainer import train
-from tests import tinybase
+from tests import taskdata, tinybase
 from tests.families import PADDED, awaken, multi, rows, tiny
 
 LABELS = 3
@@ -344,17 +344,9 @@ def entry(name: str, **settings: object) -> dict:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder with rows whose class is the mark they end with."""
     monkeypatch.chdir(tmp_path)
-    for split, count in (("train", 32), ("validation", 12)):
-        (tmp_path / "data" / "glue-mrpc").mkdir(parents=True, exist_ok=True)
-        made = [
-            {"sentence1": f"row {i}", "sentence2": "?!"[i % 3 == 0], "label": int(i % 3 == 0)} for i in range(count)
-        ]
-        path = tmp_path / "data" / "glue-mrpc" / f"{split}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in made))
-    boolq = [{"question": f"is {i} even", "answer": i % 2 == 0, "passage": ""} for i in range(16)]
-    for split in ("train", "validation"):
-        (tmp_path / "data" / "boolq").mkdir(exist_ok=True)
-        (tmp_path / "data" / "boolq" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in boolq))
+    made = [{"sentence1": f"row {i}", "sentence2": "?!"[i % 3 == 0], "label": int(i % 3 == 0)} for i in range(32)]
+    taskdata.write(tmp_path / "data" / "glue-mrpc", {"train": made, "validation": made[:12]})
+    taskdata.write(tmp_path / "data" / "boolq", {"train": taskdata.boolq(16), "validation": taskdata.boolq(16)})
     return tmp_path
 
 

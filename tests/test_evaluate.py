@@ -19,7 +19,7 @@ from mlora.config import RunOptions
 from mlora.model.multi import MultiAdapterModel
 from mlora.runs.evaluate import Evaluation
 from mlora.runs.program import finish, main
-from tests import tinybase
+from tests import taskdata, tinybase
 from tests.families import awaken
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,17 +42,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def write_data(place: Path, rows: int = 12) -> None:
+def write_data(place: Path, count: int = 12) -> None:
     arc = [
         {"id": str(i), "question": f"Which is number {i}?", "answerKey": "AB"[i % 2],
-         "choices": {"text": [f"the {i}", f"not {i}"], "label": ["A", "B"]}} for i in range(rows)
+         "choices": {"text": [f"the {i}", f"not {i}"], "label": ["A", "B"]}} for i in range(count)
     ]  # fmt: skip
-    boolq = [{"question": f"is {i} an even number", "answer": i % 2 == 0, "passage": ""} for i in range(rows)]
-    piqa = [{"goal": f"count to {i}", "sol1": "one by one", "sol2": "two by two", "label": i % 2} for i in range(rows)]
-    for folder, test, data in (("arc-e", "test", arc), ("boolq", "validation", boolq), ("piqa", "validation", piqa)):
-        (place / folder).mkdir(parents=True)
-        for split in ("train", test):
-            (place / folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    piqa = [{"goal": f"count to {i}", "sol1": "one by one", "sol2": "two by two", "label": i % 2} for i in range(count)]
+    for folder, test, data in (
+        ("arc-e", "test", arc),
+        ("boolq", "validation", taskdata.boolq(count)),
+        ("piqa", "validation", piqa),
+    ):
+        taskdata.write(place / folder, {"train": data, test: data})
 
 
 @pytest.fixture
@@ -218,7 +219,7 @@ def test_the_command(made: Path, here: Path) -> None:
 
 def test_a_run_killed_in_the_evaluation_of_its_third_task_goes_on_there(made: Path, here: Path) -> None:
     tasks = ["arc-e", "boolq", "piqa"]
-    write_data(here / "data", rows=300)
+    write_data(here / "data", count=300)
     entry = {"name": "multi", "task_name": ";".join(tasks), "data": "data", "r": 4, "num_epochs": 1, "limit": 300}
     entry |= {"batch_size": 64, "evaluate_batch_size": 1}
     Path("mlora.json").write_text(json.dumps({"lora": [entry]}))

@@ -20,7 +20,7 @@ from mlora.model import card
 from mlora.runs import assess
 from mlora.runs.program import main
 from mlora.training.heldout import HeldOut
-from tests import tinybase
+from tests import taskdata, tinybase
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,10 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.chdir(tmp_path)
     write_demo_data(tmp_path / "data", train=24, test=12)
-    (tmp_path / "data" / "boolq").mkdir()
-    for split, count in (("train", 24), ("validation", 12)):
-        rows = [{"question": f"is {i} an even number", "answer": i % 2 == 0, "passage": ""} for i in range(count)]
-        (tmp_path / "data" / "boolq" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    taskdata.write(tmp_path / "data" / "boolq", {"train": taskdata.boolq(24), "validation": taskdata.boolq(12)})
     return tmp_path
 
 

@@ -13,6 +13,7 @@ from statistics import mean, stdev
 
 import pytest
 
+from mlora.config import load_config
 from mlora.report.paper import AVERAGES, SINGLE_TASK, TASKS, paper_rows
 from mlora.runs.program import finish
 from mlora.runs.reproduce import Reproduction
@@ -30,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    write_data(tmp_path / "data", rows=16)
+    write_data(tmp_path / "data", count=16)
     return tmp_path
 
 
@@ -131,6 +132,34 @@ def test_bad_input_is_exit_2(
     assert run(flags.pop("base_model"), **flags) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error and error.count("\n") <= 15
+
+
+@pytest.mark.parametrize(
+    ("file", "flags"),
+    [
+        ("paper-single-task", {"tasks": ",".join(TASKS)}),
+        ("paper-multi-task", {"tasks": "arc-c,arc-e,boolq,obqa,piqa", "multi_task": True}),
+    ],
+)
+def test_the_ready_configs_are_what_is_reproduced(base: Path, file: str, flags: dict) -> None:
+    own = Reproduction(str(base), seeds="42", **flags)._jobs()
+    ready = load_config(str(ROOT / "configs" / f"{file}.json"))
+    given = {"name", "data", "seed", "limit", "eval_limit", "protocol"}
+    expected, found = (
+        [job.model_copy(update=dict.fromkeys(given)).model_dump() for job in jobs.lora] for jobs in (own, ready)
+    )
+    assert found == expected and ready.cutoff_len == own.cutoff_len == 512
+    methods = {job.name.rpartition("_")[2]: job.method for job in ready.lora}
+    assert [(m.r, m.lora_alpha, m.use_dora) for m in methods.values()] == [
+        (80, 160, False), (80, 160, True), (16, 32, False), (16, 32, True)
+    ]  # fmt: skip
+    assert all((methods[name].num_experts, methods[name].top_k) == (8, 2) for name in ("mixlora", "mixdora"))
+    assert {(job.lr, job.batch_size, job.num_epochs) for job in ready.lora} == {(2e-4, 16, 2)}
+
+
+@pytest.mark.parametrize("file", sorted(file.name for file in (ROOT / "configs").iterdir()))
+def test_every_ready_config_loads(file: str) -> None:
+    assert load_config(str(ROOT / "configs" / file)).lora
 
 
 def test_the_published_averages_are_those_of_the_published_figures() -> None:
