@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import TYPE_CHECKING, TypeVar, overload
 
 from mlora.config.job import CASUAL, OnBadRow
@@ -116,13 +115,13 @@ def load_training_samples(
         raise ValueError(f"cutoff_len is {cutoff_len}, expected a positive number")
     result = Samples()
     if task_name == CASUAL:
-        parts = _instruction_parts(data, tokenizer, cutoff_len, split, prompt, train_on_inputs)
+        parts = _instruction_parts(data, tokenizer, cutoff_len, split, prompt, train_on_inputs, limit)
     else:
         tasks = [find_task(name, protocol) for name in task_names(task_name)]
-        parts = _task_parts(tasks, data, tokenizer, cutoff_len, split, train_on_inputs)
+        parts = _task_parts(tasks, data, tokenizer, cutoff_len, split, train_on_inputs, limit)
     for rows, encode, where in parts:
         before, dropped = len(result), result.report.dropped
-        for number, sample in enumerate(_built(islice(rows, limit), encode, result.report, on_bad_row)):
+        for number, sample in enumerate(_built(rows, encode, result.report, on_bad_row)):
             if sample is None:
                 result.report.dropped += 1
             else:
@@ -151,7 +150,7 @@ def load_questions(
     """
     task = find_task(task_name, protocol)
     path = split_paths(data, [task.name])[0]
-    rows = islice(task_rows(task, path, split), limit)
+    rows = task_rows(task, path, split, limit)
     report = Report()
     questions = list(_built(rows, task.build, report, on_bad_row))
     if not questions:
@@ -171,6 +170,7 @@ def _instruction_parts(
     split: Split,
     prompt: str | None,
     train_on_inputs: bool,
+    limit: int | None,
 ) -> Iterator[Part]:
     """Yield rows, how to encode one, and their name, for every part of instruction data."""
     paths = task_names(data or "")
@@ -182,7 +182,7 @@ def _instruction_parts(
         return encode_instruction(tokenizer, row, template, cutoff_len, train_on_inputs=train_on_inputs)
 
     for path in paths:
-        yield instruction_rows(path, split), encode_row, path
+        yield instruction_rows(path, split, limit), encode_row, path
 
 
 def _task_parts(
@@ -192,6 +192,7 @@ def _task_parts(
     cutoff_len: int,
     split: Split,
     train_on_inputs: bool,
+    limit: int | None,
 ) -> Iterator[Part]:
     """Yield rows, how to encode one, and their name, for every task."""
     for task, path in zip(tasks, split_paths(data, [task.name for task in tasks]), strict=True):
@@ -200,7 +201,7 @@ def _task_parts(
             question = task.build(row)
             return encode_question(tokenizer, question, cutoff_len, task.name, train_on_inputs=train_on_inputs)
 
-        yield task_rows(task, path, split), encode_row, _where(task, path, split)
+        yield task_rows(task, path, split, limit), encode_row, _where(task, path, split)
 
 
 def _built(rows: Iterator[SourceRow], build: Callable[[Row], T], report: Report, on_bad_row: OnBadRow) -> Iterator[T]:

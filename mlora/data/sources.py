@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -55,13 +56,14 @@ def split_paths(data: str | None, names: Sequence[str]) -> list[str | None]:
     )
 
 
-def task_rows(task: Task, data: str | None, split: Split) -> Iterator[SourceRow]:
+def task_rows(task: Task, data: str | None, split: Split, limit: int | None = None) -> Iterator[SourceRow]:
     """Yield the rows of a task's split, from local data where given.
 
     Args:
         task: the task; its source says which published split each of ours is.
         data: local path, hub id, `id:subset`, or None for the published data set. A bare id gets the task's subset.
         split: "test" is the split that published results are evaluated on.
+        limit: rows; None for all. Of the hub's data sets only these are then fetched.
 
     Raises:
         DataError: the data or the split is not there.
@@ -72,23 +74,23 @@ def task_rows(task: Task, data: str | None, split: Split) -> Iterator[SourceRow]
     if data is not None and is_local(data):
         # PubMedQA is evaluated on a hub split called "train"; no file can be both.
         published = source.test if source.test != source.train else "test"
-        yield from local_rows(data, {"train": source.train, "test": published}.get(split, split))
+        yield from islice(local_rows(data, {"train": source.train, "test": published}.get(split, split)), limit)
         return
     if data is not None:
         hub, _, subset = data.partition(":")
         source = replace(source, hub=hub)
         if subset:
             source = replace(source, subset=subset, train_subset=None)
-    yield from _published(source, split)
+    yield from _published(source, split, limit)
 
 
-def instruction_rows(data: str, split: Split = "train") -> Iterator[SourceRow]:
-    """Yield the rows of instruction data at a local path, hub id or `id:subset`."""
+def instruction_rows(data: str, split: Split = "train", limit: int | None = None) -> Iterator[SourceRow]:
+    """Yield the rows of instruction data at a local path, hub id or `id:subset`, the first `limit` of them."""
     if is_local(data):
-        yield from local_rows(data, split)
+        yield from islice(local_rows(data, split), limit)
     else:
         hub, _, subset = data.partition(":")
-        yield from hub_rows(hub, subset or None, split)
+        yield from hub_rows(hub, subset or None, split, limit)
 
 
 def local_rows(data: str, split: str) -> Iterator[SourceRow]:
@@ -113,33 +115,39 @@ def local_rows(data: str, split: str) -> Iterator[SourceRow]:
             yield from read_file(file)
 
 
-def hub_rows(hub: str, subset: str | None, split: str) -> Iterator[SourceRow]:
+def hub_rows(hub: str, subset: str | None, split: str, limit: int | None = None) -> Iterator[SourceRow]:
     """Yield the rows of a data set on the hub, or in the cache of `datasets`.
+
+    The whole data set goes into the cache, but for a limit: then rows are streamed, and no more fetched than wanted.
 
     Raises:
         UnreachableError: there is no network, and no copy in the cache.
         DataError: it cannot be had for another reason: no such id, subset or split.
     """
     from datasets import load_dataset
+    from huggingface_hub import is_offline_mode
 
     name = f"{hub}:{subset}" if subset else hub
+    streams = limit is not None and not is_offline_mode()  # what is streamed is never in the cache
+    number = 0
     try:
-        rows = load_dataset(hub, subset, split=split)
+        for values in islice(load_dataset(hub, subset, split=split, streaming=streams), limit):
+            number += 1
+            yield SourceRow(f"{name}, split {split}, row {number}", values)
     except Exception as error:  # network, hub and format errors of many kinds share no base class
         unreachable = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
         raise (UnreachableError if unreachable else DataError)(
-            f"cannot load the split {split!r} of {name} from the Hugging Face hub: {_first_line(error)}. "
+            f"cannot load the split {split!r} of {name} from the Hugging Face hub"
+            f"{f' after row {number}' if number else ''}: {_first_line(error)}. "
             f"Without a network give a local file or folder instead (--data_path FOLDER with {split}.jsonl in it, "
             "in the hub's columns), or fill the cache of `datasets` (HF_HOME) beforehand"
         ) from error
-    for number, values in enumerate(rows, 1):
-        yield SourceRow(f"{name}, split {split}, row {number}", values)
 
 
-def _published(source: Source, split: Split) -> Iterator[SourceRow]:
+def _published(source: Source, split: Split, limit: int | None) -> Iterator[SourceRow]:
     if split == "train":
-        return hub_rows(source.hub, source.train_subset or source.subset, source.train)
-    return hub_rows(source.hub, source.subset, source.test if split == "test" else str(source.validation))
+        return hub_rows(source.hub, source.train_subset or source.subset, source.train, limit)
+    return hub_rows(source.hub, source.subset, source.test if split == "test" else str(source.validation), limit)
 
 
 def _saved_rows(path: Path, split: str) -> Iterator[SourceRow]:

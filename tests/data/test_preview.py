@@ -66,7 +66,7 @@ def test_the_command_shows_a_task_data_and_a_config(tmp_path: Path, base: str) -
     assert shown("arc-e", "--data_path", task).count("⟦ C⟧") == 3
     assert "⟦ a leaf⟧" in shown("arc-e", "--data_path", task, "--protocol", "loglikelihood", "--rows", "1")
     casual = write(tmp_path / "rows.jsonl", {"instruction": "a", "output": "b"}, {"instruction": "a"})
-    assert "1 bad rows skipped" in shown(casual, "--on_bad_row", "skip", "--prompt_template", "alpaca")
+    assert "1 bad row skipped" in shown(casual, "--on_bad_row", "skip", "--prompt_template", "alpaca")
     config = tmp_path / "mlora.json"
     jobs = [{"name": "x", "task_name": "arc-e", "data": task}, {"name": "y", "data": casual, "on_bad_row": "skip"}]
     config.write_text(json.dumps({"cutoff_len": 64, "lora": jobs}))

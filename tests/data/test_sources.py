@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pytest
 
-from mlora.data import DataError, UnreachableError
+from mlora.data import DataError, UnreachableError, load_questions
 from mlora.data.readers import read_file
 from mlora.data.sources import instruction_rows, is_local, local_rows, task_rows
 from mlora.tasks import find_task
@@ -138,7 +139,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What was asked of the hub."""
     calls: list[tuple[Any, ...]] = []
 
-    def load_dataset(hub: str, subset: str | None, split: str) -> list[dict[str, Any]]:
+    def load_dataset(hub: str, subset: str | None, split: str, streaming: bool) -> list[dict[str, Any]]:
+        assert not streaming
         calls.append((hub, subset, split))
         return ROWS
 
@@ -195,3 +197,44 @@ def test_hub_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Excep
 def test_what_is_not_there_is_no_question_of_format(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nosuch: no such file or folder"):
         list(instruction_rows(str(tmp_path / "nosuch")))
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_limit_streams_from_the_hub_no_more_than_it_says(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    taken: list[int] = []
+
+    def load_dataset(hub: str, subset: str | None, split: str, streaming: bool) -> Any:
+        assert streaming is not offline  # a stream cannot be read from the cache
+        for number in range(100):
+            taken.append(number)
+            yield ROWS[number % 2]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: offline)
+    assert [row.values for row in task_rows(find_task("boolq"), "me/copy", "train", limit=3)] == [*ROWS, ROWS[0]]
+    assert len(list(instruction_rows("me/copy", limit=2))) == 2
+    questions = load_questions("boolq", "me/copy", limit=4)
+    assert len(questions) == 4 and len(taken) == 3 + 2 + 4
+
+
+def test_a_stream_that_breaks_off_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(hub: str, subset: str | None, split: str, streaming: bool) -> Any:
+        yield from ROWS
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UnreachableError, match="me/copy from the Hugging Face hub after row 2: ConnectionError: gone"):
+        list(instruction_rows("me/copy", limit=9))
+
+
+def test_a_stream_of_datasets_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` streams, here from a file, has the columns that its tables have."""
+    file, own = str(write(tmp_path, "a.jsonl")), datasets.load_dataset
+
+    def load_dataset(hub: str, subset: str | None, split: str, streaming: bool) -> Any:
+        return own("json", data_files={split: file}, split=split, streaming=streaming, cache_dir=str(tmp_path))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for offline in (False, True):
+        monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda offline=offline: offline)
+        assert [row.values for row in instruction_rows("me/copy", limit=2)] == ROWS
