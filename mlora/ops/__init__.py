@@ -7,7 +7,7 @@ from typing import Any
 
 _HOME = {
     "dora": ("dora_norm", "frozen_weight", "squared_row_norms"),
-    "backend": ("fused_available",),
+    "backend": ("dropout", "fused_available"),
     "loss": ("token_losses",),
     "lowrank": (
         "BlockUpdate",
@@ -19,7 +19,7 @@ _HOME = {
         "select_expert",
     ),
     "pissa": ("principal_directions",),
-    "random": ("dropout", "fold", "jitter", "stable_hash", "stream_keys"),
+    "random": ("fold", "jitter", "stable_hash", "stream_keys"),
     "routing": (
         "balance_loss",
         "multi_hot",

@@ -16,6 +16,7 @@ from mlora import ops  # noqa: E402
 from mlora.ops import fused  # noqa: E402
 from mlora.ops.fused.groups import grouped, joined  # noqa: E402
 from mlora.ops.fused.router import fused_router_logits  # noqa: E402
+from mlora.ops.random import dropout  # noqa: E402
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Largest difference, relative to the largest value of a tensor."""
@@ -66,7 +67,7 @@ def test_adapted_linear(
     part = fused.Part(2, tokens + 2, 1.5, fused.dropout_of(keys, p, "q"))  # a token before and after: frozen
     out = fused.adapted_linear(x, layer, [part], [fused.Tensors(a, b, weights, None)])
 
-    own = ops.dropout(x[2 : tokens + 2], keys, p, "q")
+    own = dropout(x[2 : tokens + 2], keys, p, "q")
     codes = torch.einsum("nd,erd->ner", own.float(), a.reshape(-1, rank, inputs))
     if weights is not None:
         codes = codes * weights[..., None]
@@ -106,7 +107,7 @@ def test_groups_and_factors(bias: bool, dtype: torch.dtype) -> None:
         owned.append(fused.Tensors(a, b, weights, factor))
         own = x[start : start + n]
         update = ops.LowRankUpdate(a, b, 1.5, p, weights, factor)
-        wide = ops.dropout(own, own_keys, p, "q").float()
+        wide = dropout(own, own_keys, p, "q").float()
         expected.append(ops.apply_update(update, wide, layer(own).float(), layer.bias))
     expected = torch.cat([*expected, layer(x[-1:]).float()])
     out = fused.adapted_linear(x, layer, parts, owned)
@@ -116,6 +117,18 @@ def test_groups_and_factors(bias: bool, dtype: torch.dtype) -> None:
     pairs = zip(gradients(out, upstream, tensors), gradients(expected, upstream.float(), tensors), strict=True)
     for found, wanted in pairs:
         same(found, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "features"), [(33, 300), (5, 17), (0, 8)])
+def test_dropout(tokens: int, features: int, dtype: torch.dtype) -> None:
+    x, keys = draw(tokens, features, dtype=dtype).requires_grad_(), keys_of(tokens)
+    found = fused.dropout(x, fused.dropout_of(keys, 0.3, "q"))
+    expected = dropout(x, keys, 0.3, "q")
+    assert torch.equal(found == 0, expected == 0)
+    torch.testing.assert_close(found, expected)
+    upstream = draw(tokens, features, dtype=dtype)
+    torch.testing.assert_close(gradients(found, upstream, [x]), gradients(expected, upstream, [x]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -159,7 +172,7 @@ def reference_block(x, layers, activation, a1, b1, a3, b3, a2, b2, weights, expe
         def update(wide, a, b, stream, own_keys, e=e):
             if a is None:
                 return 0
-            narrow = ops.dropout(wide, own_keys, p, stream)
+            narrow = dropout(wide, own_keys, p, stream)
             return scaling * torch.einsum("nor,nr->no", b[e], torch.einsum("nrd,nd->nr", a[e], narrow))
 
         g = x @ gate.T + update(x, a1, b1, "gate", keys)

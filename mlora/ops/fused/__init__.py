@@ -7,5 +7,15 @@ and tests hold it to that. Import this package only where `ops.fused_available` 
 from mlora.ops.fused.feedforward import activation_name, block_part, feed_forward
 from mlora.ops.fused.linear import Part, Tensors, adapted_linear
 from mlora.ops.fused.masks import dropout_of
+from mlora.ops.fused.products import dropout
 
-__all__ = ["Part", "Tensors", "activation_name", "adapted_linear", "block_part", "dropout_of", "feed_forward"]
+__all__ = [
+    "Part",
+    "Tensors",
+    "activation_name",
+    "adapted_linear",
+    "block_part",
+    "dropout",
+    "dropout_of",
+    "feed_forward",
+]

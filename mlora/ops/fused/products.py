@@ -12,7 +12,7 @@ Shapes: N = G n tokens, F features, R = E * r columns of E stacked matrices of r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -174,6 +174,22 @@ def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
         BF=128,
     )  # fmt: skip
     return out
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Dropout | None) -> Tensor:
+        ctx.mask = mask
+        return drop(unit_stride(x), mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return drop(unit_stride(grad), ctx.mask), None
+
+
+def dropout(x: Tensor, mask: Dropout | None) -> Tensor:
+    """Return d(x) [N, F], differentiable; x itself where nothing is dropped."""
+    return x if mask is None else _Dropped.apply(x, mask)
 
 
 def add_up(out: Tensor, codes: Tensor, matrices: Tensor, scale: float = 1.0, beta: float = 1.0) -> None:
