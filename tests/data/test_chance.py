@@ -49,6 +49,11 @@ def test_the_cutoff_takes_the_prompt_and_leaves_the_answer(protocol: Protocol, n
     assert cut is not None and cut.truncated and len(cut.input_ids) == len(trained) + 9
     assert [label for label in cut.labels if label != NO_LABEL] == trained
     assert list(cut.input_ids[-len(trained) :]) == trained
+    asked = encode_choices(characters, question, protocol, 4096)
+    room = max(map(len, asked.choice_ids)) + 9
+    short = encode_choices(characters, question, protocol, room)
+    assert short.choice_ids == asked.choice_ids and len(short.prompt_ids) == 9
+    assert short.prompt_ids[-8:] == asked.prompt_ids[-8:]  # behind a BOS, where there is one
 
 
 def test_an_answer_s_end_is_trained_on(tmp_path: Path, smollm2: Tok) -> None:
