@@ -69,7 +69,8 @@ class Adapter(nn.Module):
         self.tensors[site.path] = {}
         for name, init in inits.items():
             key = ops.stable_hash(seed, self.name, site.path, name)
-            parameter = nn.Parameter(initial(init, key, device, site), requires_grad=init.trainable)
+            # contiguous, as what a checkpoint brings back of an optimizer: a fused one takes both for laid out alike
+            parameter = nn.Parameter(initial(init, key, device, site).contiguous(), requires_grad=init.trainable)
             self.tensors[site.path][name] = parameter
             self.register_parameter(f"{site.path}.{name}".replace(".", ":"), parameter)
 

@@ -189,6 +189,25 @@ def test_r2_resumed_training_is_bit_identical(stops: tuple[int, ...], together: 
             assert torch.equal(tensor, straight[1][name][key]), key
 
 
+def test_r2_pissa_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """Its initial values come from a factorisation, whose layout is not a file's."""
+    method = METHODS["lora"](r=4, lora_init="pissa")
+    config = JobConfig(name="p", method=method, batch_size=4, num_epochs=4, lr=1e-2)
+    ends = []
+    for folder, stops in (("straight", (10**9,)), ("resumed", (5, 10**9))):
+        for stop in stops:
+            model = multi()
+            model.add_adapter("p", method)
+            job = Job(config, ROWS["a"], model, seed=5)
+            checkpoints = Checkpoints(tmp_path / folder, [job], model)
+            checkpoints.restore()
+            with checkpoints:
+                train(model, [job], None, lambda stepped: job.step >= stop)  # noqa: B023
+                checkpoints.save()
+        ends.append(model.adapter_tensors("p"))
+    assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
+
+
 @pytest.mark.parametrize("place", ["weights", "gradient"])
 def test_r12_a_nan_of_one_adapter_is_its_own(place: str) -> None:
     """Its step is left out; the others go on as if nothing had happened, to the bit."""
