@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "adapters": {"ops"},
     "config": {"adapters", "tasks"},
     "data": {"tasks", "config"},
-    "model": {"config", "adapters", "ops"},
+    "model": {"config", "adapters", "ops", "parallel"},
     "evaluation": {"model", "data", "tasks", "parallel"},
     "export": {"model", "config", "adapters", "ops"},
     "generation": {"model", "data", "config"},

@@ -13,19 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from mlora.cli import ranks
 from mlora.config import ConfigError, Problem, RunOptions
 from mlora.parallel import ALONE, Ranks, places
 from mlora.runs.program import main
+from tests import tinybase
 from tests.test_program import MIXTURE, ROOT, adapter, base, here, launch, write_config  # noqa: F401
 
 ADAPTERS = [
     adapter("a", num_epochs=3, evaluate_steps=5, val_set_size=5),
     adapter("b", num_epochs=3, batch_size=6, micro_batch_size=2, router_loss=False, lr=1e-3, **MIXTURE),
-    adapter("c", num_epochs=1, batch_size=1, micro_batch_size=1),
-    adapter("d", num_epochs=2, batch_size=9, micro_batch_size=3, lora_dropout=0.2),
+    adapter("c", num_epochs=1, batch_size=1, micro_batch_size=1, lr=1e-3, lora_init="pissa"),
+    adapter("d", num_epochs=2, batch_size=9, micro_batch_size=3, lora_dropout=0.2, use_dora=True),
 ]
 """Fewer rows than ranks, ragged ends. A larger learning rate lets rounding errors tip a router's choice."""
 KEYS = ("loss", "eval_loss", "aux_loss", "grad_norm", "num_tokens", "lr")
@@ -115,6 +118,66 @@ def test_r4_several_ranks_are_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "middle", "all"])
+def test_a_sharded_base_is_the_base(here: Path, base: Path, one: Path, recompute: str) -> None:  # noqa: F811
+    write_config(*ADAPTERS, save_step=3)
+    flags = ["--num_processes", 2, "--shard_base", "--recompute", recompute]
+    done = launch("run", "--base_model", base, "--dir", "out", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert_same(one, here / "out")
+    assert routed_tokens(one) == routed_tokens(here / "out")
+
+
+@pytest.mark.slow
+def test_each_rank_holds_its_part_of_every_layer(
+    base: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    code = f"""
+import pathlib
+from mlora.model.multi import MultiAdapterModel
+from mlora.parallel import Ranks
+from mlora.parallel.shard import mesh_of
+ranks = Ranks.from_environment()
+with ranks.joined("cpu"):
+    mesh = mesh_of(2, "cpu")
+    model = ranks.in_turn(lambda: MultiAdapterModel.from_pretrained({str(base)!r}, mesh=mesh))
+    model.check_packing()
+    layers = [parameter for layer in model.sites.layers for parameter in layer.parameters()]
+    assert model.sharded and not any(parameter.requires_grad for parameter in layers)
+    said = sum(p.to_local().numel() for p in layers), sum(p.numel() for p in layers), model.num_parameters(None)
+    pathlib.Path({str(tmp_path)!r}, str(ranks.rank)).write_text(" ".join(map(str, said)))
+"""
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+    monkeypatch.setattr(ranks, "program", lambda options: ([sys.executable, "-c", code], environment))
+    assert ranks.start_ranks(RunOptions("m", num_processes=2)) == 0
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
+    for file in sorted(tmp_path.iterdir()):
+        own, layers, parameters = map(int, file.read_text().split())
+        assert 2 * own == layers and parameters == whole
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+def test_two_gpus_are_one(here: Path, tmp_path: Path, shard: bool) -> None:
+    """With kernels and, where the base is whole, CUDA graphs; in float32, on a base whose heads have kernels."""
+    large = tinybase.save(tmp_path / "large", hidden_size=256, intermediate_size=512)
+    write_config(*ADAPTERS, save_step=3)
+    flags = ["--base_model", large, "--dtype", "fp32"]
+    for count, more in ((1, []), (2, ["--shard_base"] if shard else [])):
+        done = launch("run", *flags, "--num_gpus", count, "--dir", f"out{count}", *more)
+        assert done.returncode == 0, done.stderr
+    one, two = measured(here / "out1"), measured(here / "out2")
+    assert one.keys() == two.keys()
+    for key, values in one.items():
+        if key[1] in ("loss", "eval_loss", "num_tokens"):
+            assert two[key] == pytest.approx(values, rel=1e-4), key
+
+
+@pytest.mark.slow
 def test_torchrun_may_start_them(here: Path, base: Path, one: Path) -> None:  # noqa: F811
     write_config(*ADAPTERS, save_step=3)
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py")]
@@ -189,8 +252,11 @@ def test_a_rank_that_is_killed_ends_the_run_and_it_resumes(
         ({"num_gpus": 2, "num_processes": 2}, {}, "cannot be combined with --num_gpus"),
         ({"num_processes": 3}, {"WORLD_SIZE": "2", "RANK": "0"}, "3, but 2 processes were started (WORLD_SIZE)"),
         ({"inference": True}, {"WORLD_SIZE": "2", "RANK": "0"}, "answers come from one process"),
+        ({"shard_base": True}, {}, "--shard_base: spreads the base model over several GPUs: --num_gpus says how many"),
+        ({"shard_base": True, "quantize": "4bit"}, {"WORLD_SIZE": "2", "RANK": "0"}, "combined with --quantize"),
+        ({"shard_base": True, "compile": True}, {"WORLD_SIZE": "2", "RANK": "0"}, "combined with --compile"),
     ],
-    ids=["no GPU", "both", "WORLD_SIZE", "inference"],
+    ids=["no GPU", "both", "WORLD_SIZE", "inference", "shard alone", "shard quantised", "shard compiled"],
 )
 def test_what_cannot_be_is_refused(
     here: Path,
@@ -240,7 +306,7 @@ def test_alone_is_asked_nothing() -> None:
     assert Ranks.from_environment() is ALONE and ALONE.first
     assert list(ALONE.share([1, 2])) == [1, 2] and ALONE.sums([1.5]) == [1.5] and ALONE.gather("x") == ["x"]
     assert ALONE.any(True) and not ALONE.any(False)
-    assert ALONE.first_then_others(lambda: 3) == 3 and ALONE.as_first(lambda: 4) == 4
+    assert ALONE.in_turn(lambda: 3) == 3 and ALONE.as_first(lambda: 4) == 4
 
 
 def test_errors_reach_other_ranks_as_they_are() -> None:

@@ -34,6 +34,7 @@ run_options = all_of(
         option("deterministic", "Use deterministic kernels only.", bool, default=False),
         option("num_gpus", "GPUs that share every step.", click.IntRange(1), default=1, show_default=True),
         option("num_processes", "The same on the CPU: processes.", click.IntRange(1), default=1, show_default=True),
+        option("shard_base", "Spread the base model over them: one too large for each.", bool, default=False),
         option("cuda_device", "GPUs that may be used: 0, or 0,1.", metavar="N"),
         option("dtype", "Of the base model. [default: bf16 on CUDA, fp32 else]", DTYPES),
         option("quantize", "Load the base model quantised.", click.Choice(["4bit", "8bit"])),

@@ -26,6 +26,7 @@ class RunOptions:
         deterministic: use deterministic kernels only.
         num_gpus: that share every step, one process each.
         num_processes: that share every step on the CPU.
+        shard_base: hold a part of every decoder layer on each GPU rather than a whole base model.
         cuda_device: GPUs to use, "0" or "0,1"; None for all.
         dtype: of the base model's weights, "bf16", "fp16" or "fp32"; None for bf16 on CUDA, fp32 on the CPU.
         quantize: "4bit" or "8bit"; None for full weights.
@@ -61,6 +62,7 @@ class RunOptions:
     deterministic: bool = False
     num_gpus: int = 1
     num_processes: int = 1
+    shard_base: bool = False
     cuda_device: str | None = None
     dtype: str | None = None
     quantize: str | None = None

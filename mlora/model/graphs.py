@@ -285,6 +285,8 @@ class Graphs:
         """Why no step of this model can be recorded; None where it can."""
         model = self.model
         config = model.hf_model.config.get_text_config()
+        if model.sharded:
+            return "the base model is sharded"
         if not model.outputs_plainly:
             return "the family does more to its logits than its output layer"
         if config._attn_implementation != PACKED or model.padded:

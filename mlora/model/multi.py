@@ -35,6 +35,8 @@ from mlora.model.recompute import Recompute, What, recompute_in_backward
 from mlora.model.scope import Flight, Scope
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from mlora.model.generate import Piece
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class MultiAdapterModel(nn.Module):
 
     Attributes:
         padded: compute batches as padded rows; for families that let packed sequences see each other.
+        sharded: ranks hold parts of the decoder layers, so all have to run every forward.
     """
 
     def __init__(self, model: nn.Module, origin: load.Origin, seed: int = 42) -> None:
@@ -86,7 +89,7 @@ class MultiAdapterModel(nn.Module):
         self.origin, self.seed = origin, seed
         self.hf_model: Any = model
         self._recompute = Recompute()
-        self.padded = False
+        self.padded = self.sharded = False
         self.compiled = False
         self.outputs_plainly = False
         self.scope = Scope()
@@ -115,6 +118,7 @@ class MultiAdapterModel(nn.Module):
         trust_remote_code: bool = False,
         seed: int = 42,
         sliding_window: bool = False,
+        mesh: DeviceMesh | None = None,
     ) -> MultiAdapterModel:
         """Load a base model, frozen.
 
@@ -129,6 +133,8 @@ class MultiAdapterModel(nn.Module):
             seed: of initial adapter values and of dropout.
             sliding_window: turn on the window of families that have one switched off (qwen2); a window that the
                 model's config has on stays on either way.
+            mesh: of ranks that each hold a part of every decoder layer; they call `check_packing` once all have
+                loaded. None for the whole model here.
 
         Raises:
             ModelError: it cannot be loaded or wrapped; the message says what to do.
@@ -138,10 +144,22 @@ class MultiAdapterModel(nn.Module):
             raise ModelError(f"dtype: {dtype!r} is not allowed; allowed: 'float32', 'bfloat16', 'float16'")
         origin = load.find(name_or_path, revision, trust_remote_code)
         config = load.load_config(origin, sliding_window)
-        model = load.load_model(origin, config, kind, device, quantization, attn_implementation or PACKED)
+        at = device if mesh is None else "cpu"
+        model = load.load_model(origin, config, kind, at, quantization, attn_implementation or PACKED)
         multi = cls(model, origin, seed)
-        multi.check_packing()
+        if mesh is None:
+            multi.check_packing()
+        else:
+            multi.shard(mesh)
         return multi
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Leave this rank its part of every decoder layer; the model lies on the CPU before."""
+        from mlora.parallel.shard import shard
+
+        log.debug("base model %s", self.fingerprint)  # asked for while the tensors are whole, and kept
+        shard(head.decoder(self.hf_model), self.sites.layers, self.hf_model, mesh)
+        self.sharded = True
 
     @property
     def recompute(self) -> Recompute:

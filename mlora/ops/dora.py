@@ -17,8 +17,13 @@ _squares = WeakTensorKeyDictionary()
 
 
 def frozen_weight(layer: nn.Module) -> Tensor:
-    """Return the weight [O, D] of a frozen linear layer, dequantised where it is quantised by bitsandbytes."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    """Return the weight [O, D] of a frozen linear layer, dequantised where it is quantised by bitsandbytes.
+
+    Of a base that ranks share it is whole within the layer's forward and backward; elsewhere all ranks have to ask.
+    """
+    weight: Any = layer.weight
+    if hasattr(weight, "full_tensor"):
+        return cast("Tensor", weight.full_tensor())
     state = getattr(weight, "quant_state", None)
     if state is not None:
         import bitsandbytes.functional as bnb

@@ -144,8 +144,10 @@ class Ranks:
             import torch.distributed as dist
 
             for tensor in tensors:
+                whole = tensor.detach().contiguous()
                 with _noticed():
-                    dist.broadcast(tensor.detach(), 0)
+                    dist.broadcast(whole, 0)
+                tensor.detach().copy_(whole)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the value of every rank, in order; they are pickled on the way."""
@@ -186,15 +188,15 @@ class Ranks:
                 raise answer.error
         return answers
 
-    def first_then_others(self, compute: Callable[[], _Value]) -> _Value:
-        """Return what `compute` returns, run on the first rank and when it is done there on the others."""
+    def in_turn(self, compute: Callable[[], _Value]) -> _Value:
+        """Return what `compute` returns, run on one rank after the other, the first at first."""
         found: list[_Value] = []
 
         def own() -> None:
             found.append(compute())
 
-        for turn in (True, False):
-            self.all_done(own if turn == self.first else _nothing)
+        for turn in range(self.count):
+            self.all_done(own if turn == self.rank else _nothing)
         return found[0]
 
     def as_first(self, compute: Callable[[], _Value]) -> _Value:

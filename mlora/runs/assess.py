@@ -86,16 +86,17 @@ def assess(
         results.extend(found)
         return bool(found)
 
+    sharing = ALONE if model.sharded else ranks  # else each answers all: it takes part in every forward
     with Rows() as progress:
 
         def report(task: str, done: int, rows: int) -> None:
-            if deadline is not None and deadline.passed:
+            if deadline is not None and (ranks.any(deadline.passed) if model.sharded else deadline.passed):
                 raise Paused("time is up; all results so far are written")
             progress.show(task, done, rows)
 
         for group in by_questions(wanted):
             try:
-                for outcome in examine(model, group, library, simultaneously, report, known, ranks):
+                for outcome in examine(model, group, library, simultaneously, report, known, sharing):
                     results += [result.as_dict() for result in outcome.results]  # shown even where the disk is full
                     ranks.as_first(partial(folder.add_outcome, outcome, with_samples))
             except (Paused, Lost):

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,12 @@ class Run:
             raise _bad(flag, f"{options.ranks}, but {self.ranks.count} processes were started (WORLD_SIZE)")
         if gpus and self.ranks.local >= gpus:
             raise _bad("--num_gpus", f"process {self.ranks.rank} has no GPU: {gpus} can be seen here (LOCAL_RANK)")
+        if options.shard_base:
+            if self.ranks.count == 1 and not options.dry_run:
+                raise _bad("--shard_base", "spreads the base model over several GPUs: --num_gpus says how many")
+            for flag, value in (("quantize", options.quantize), ("compile", options.compile)):
+                if value:
+                    raise _bad("--shard_base", f"cannot be combined with --{flag}")
         if self.ranks.count > 1 and options.inference:
             raise _bad("--inference", "answers come from one process; leave --num_gpus away")
 
@@ -196,7 +203,8 @@ class Run:
 
     def _load_model(self) -> MultiAdapterModel:
         options = self.options
-        return MultiAdapterModel.from_pretrained(
+        load_it = partial(
+            MultiAdapterModel.from_pretrained,
             options.base_model,
             dtype=self.dtype,
             device=self.device,
@@ -207,11 +215,19 @@ class Run:
             seed=options.random_seed,
             sliding_window=options.sliding_window,
         )
+        if not options.shard_base:
+            return load_it()
+        from mlora.parallel.shard import mesh_of
+
+        mesh = mesh_of(self.ranks.count, self.device)
+        model = self.ranks.in_turn(lambda: load_it(mesh=mesh))  # the machine's memory holds one whole base at a time
+        model.check_packing()
+        return model
 
     def _add_adapters(self, model: MultiAdapterModel) -> None:
         options = self.options
         model.recompute = self._recompute
-        large = self.device == "cuda" and model.num_parameters(None) >= COMPILED_FROM
+        large = self.device == "cuda" and not model.sharded and model.num_parameters(None) >= COMPILED_FROM
         if large if options.compile is None else options.compile:
             model.compile()
         for job in self.config.lora:

@@ -51,7 +51,7 @@ class Session:
     ) -> None:
         self.model, self.jobs, self.config, self.folder = model, jobs, config, folder
         self.validation, self.library, self.making, self.deadline = validation, library, making, deadline
-        self.ranks = ranks
+        self.ranks, self.examiners = ranks, ALONE if model.sharded else ranks
         self.checkpoints = Checkpoints(folder.checkpoints, jobs, model, config.keep_last)
 
     def forget_metrics(self) -> None:
@@ -65,7 +65,7 @@ class Session:
         Raises:
             ConfigError: there was a training and none of its checkpoints can be used.
         """
-        if not self.ranks.first_then_others(self.checkpoints.restore):
+        if not self.ranks.in_turn(self.checkpoints.restore):
             begun = [job.name for job in self.jobs if self.folder.adapter(job.name).exists()]
             begun += [path.parent.name for path in self.checkpoints.damaged]
             if begun:
@@ -146,16 +146,16 @@ class Session:
         """
 
         def still_wanted(*done: object) -> None:
-            if stop.requested:
+            if self.ranks.any(stop.requested) if self.model.sharded else stop.requested:
                 raise Stopped
 
         if self.ranks.any(stop.requested):
             raise Stopped
         # several ranks break off where they are told so together, between two batches; one may do so anywhere
         with stop.at_once() if self.ranks.count == 1 else nullcontext():
-            loss = None if job.held_out is None else job.held_out.loss(self.model, self.ranks)
+            loss = None if job.held_out is None else job.held_out.loss(self.model, self.examiners)
             outcomes = examine(
-                self.model, self.validation[job.name], self.library, progress=still_wanted, ranks=self.ranks
+                self.model, self.validation[job.name], self.library, progress=still_wanted, ranks=self.examiners
             )
             return loss, [result for outcome in outcomes for result in outcome.results]
 

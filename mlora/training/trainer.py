@@ -128,9 +128,12 @@ def _computed(model: MultiAdapterModel, jobs: Sequence[Job], graphs: Graphs | No
     """Add the gradients of this rank's rows of each job's next micro-batch; False where memory does not suffice."""
     try:
         model.train()
-        rows = _own({job.name: job.next_rows() for job in jobs}, ranks)
+        wanted = {job.name: job.next_rows() for job in jobs}
+        rows = _own(wanted, ranks)
         jobs = [job for job in jobs if job.name in rows]
         if not jobs:
+            if model.sharded:
+                _stand_in(model, wanted)
             return True
         steps: dict[str | None, int] = {job.name: job.step for job in jobs}
         if graphs is not None and graphs.suits(rows):
@@ -146,7 +149,18 @@ def _computed(model: MultiAdapterModel, jobs: Sequence[Job], graphs: Graphs | No
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
+        if model.sharded:  # the others wait within a layer, and cannot be asked
+            raise torch.OutOfMemoryError(
+                f"{error}; a smaller micro_batch_size or --recompute all needs less"
+            ) from error
         return False
+
+
+def _stand_in(model: MultiAdapterModel, rows: dict[str, list[Row]]) -> None:
+    """Run a forward and backward that changes nothing, for ranks that have rows: all gather a sharded layer."""
+    row = next(iter(rows.values()))[0]
+    output = model(Batch.pack([row], device=model.device))[str(row.adapter)]
+    ((output.loss + output.aux_loss) * 0).backward()
 
 
 def _relieve(jobs: Sequence[Job]) -> int:
