@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.step import METHODS, SHAPES, _llama, build
+from benchmarks.step import build
+from benchmarks.work import DROPOUT, METHODS, SHAPES
 from mlora import MultiAdapterModel
 from mlora.config import JobConfig, parse_adapter
 from mlora.data import Sample
@@ -35,15 +36,13 @@ from mlora.parallel.shard import mesh_of
 from mlora.training.job import Job
 from mlora.training.trainer import train
 
-LARGE = {"30b": (_llama(6656, 17920, 60, 52, 52, 32000), 4, 512)}
-"""Of Llama 30B: 65 GB in bf16."""
 WARM = 3
 """Steps that are not counted: kernels are compiled, graphs recorded."""
 
 
 def build_sharded(shape: str, ranks: Ranks, device: str) -> MultiAdapterModel:
     """Return a Llama of random weights of which this rank holds its part; none ever holds all."""
-    config = LlamaConfig(**(SHAPES | LARGE)[shape][0])
+    config = LlamaConfig(**SHAPES[shape].settings)
     torch.set_default_dtype(torch.bfloat16 if device != "cpu" else torch.float32)
     with torch.device("meta"):
         base: Any = LlamaForCausalLM._from_config(config, attn_implementation=PACKED)
@@ -62,12 +61,12 @@ def build_sharded(shape: str, ranks: Ranks, device: str) -> MultiAdapterModel:
 
 def measure(model: MultiAdapterModel, shape: str, kind: str, ranks: Ranks, steps: int) -> dict[str, Any]:
     """Train one adapter of a kind and return what a step takes."""
-    settings, rows, length = (SHAPES | LARGE)[shape]
+    settings, rows, length = SHAPES[shape]
     rows *= ranks.count
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(1, settings["vocab_size"], (rows * (steps + WARM), length), generator=draw).tolist()
     samples = [Sample(tuple(row), tuple(row), "synthetic") for row in ids]
-    method = parse_adapter(METHODS[kind] | {"lora_dropout": 0.05})
+    method = parse_adapter(METHODS[kind] | {"lora_dropout": DROPOUT})
     model.add_adapter(kind, method)
     config = JobConfig(name=kind, method=method, batch_size=rows, micro_batch_size=rows // ranks.count, num_epochs=1)
     job = Job(config, samples, model, 42, ranks=ranks)
@@ -121,7 +120,7 @@ def rank(number: int, count: int, port: int, options: argparse.Namespace, answer
 def main() -> None:
     """Run the benchmark and print its lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES | LARGE)
+    parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("kinds", nargs="*", default=["lora", "mixlora"], help=", ".join(METHODS))
     parser.add_argument("--gpus", type=int, nargs="+", default=[2], help="numbers of ranks to compare with one")
     parser.add_argument("--shard", action="store_true", help="spread the base over them; not run on one")

@@ -53,6 +53,7 @@ SHAPES = {
     "tiny": Shape(_llama(64, 128, 2, 4, 4, 256), 2, 32),
     "135m": Shape(_llama(576, 1536, 30, 9, 3, 49152), 16, 128),
     "7b": Shape(_llama(4096, 11008, 32, 32, 32, 32000), 8, 512),
+    "30b": Shape(_llama(6656, 17920, 60, 52, 52, 32000), 4, 512),
 }
 MIXTURE = {"routing_strategy": "mixlora", "num_experts": 8, "top_k": 2, "r": 16, "lora_alpha": 32}
 METHODS = {

@@ -134,3 +134,25 @@ def test_packed_and_padded_rows_of_real_lengths_have_the_same_gradients() -> Non
     assert 0 < packed["filled"] < 1
     program = PLACE.packing("tiny", ["packed"])
     assert compare.labelled(program, padded)["program"] == "ours, padded"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--shard"]], ids=["whole", "sharded"])
+def test_steps_on_several_ranks_have_an_efficiency(flags: list[str]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.parallel",
+        "tiny",
+        "lora",
+        "mixlora",
+        "--device",
+        "cpu",
+        "--steps",
+        "2",
+    ]
+    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [json.loads(text) for text in done.stdout.splitlines()]
+    assert [(line["kind"], line["gpus"]) for line in lines[-2:]] == [("lora", 2), ("mixlora", 2)]
+    assert all(line["gradient_norm"] > 0 and line["sharded"] == bool(flags) for line in lines)
+    assert all(("efficiency" in line) == (line["gpus"] == 2 and not flags) for line in lines)
