@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from mlora.adapters import Method
-from mlora.config import JobConfig, RunConfig
+from mlora.config import JobConfig, RunConfig, RunOptions
 from mlora.data import Sample, UnreachableError
 from mlora.model import load
 from mlora.model.errors import UnreachableModelError
 from mlora.model.multi import MultiAdapterModel
 from mlora.report.table import columns, wrapped
-from mlora.runs.rows import Reader
+from mlora.runs.rows import Reader, of_adapter
 
 
 @dataclass(frozen=True)
@@ -107,22 +107,28 @@ def _written(files: Sequence[Path]) -> str:
 
 
 def dry_plan(
-    config: RunConfig, origin: load.Origin, dtype: str, device: str, cutoff_len: int, seed: int, files: Sequence[Path]
+    options: RunOptions,
+    config: RunConfig,
+    origin: load.Origin,
+    dtype: str,
+    device: str,
+    cutoff_len: int,
+    files: Sequence[Path],
 ) -> Plan:
     """Plan without weights: the model as shapes only, and the data where it can be had."""
     notes: list[str] = []
     model = _unless_unreachable(lambda: shapes(origin), "parameters", notes)
     tokenizer = _unless_unreachable(lambda: load.load_tokenizer(origin), "rows and steps", notes)
-    reader = None if tokenizer is None else Reader(tokenizer, cutoff_len, seed)
+    reader = None if tokenizer is None else Reader(tokenizer, cutoff_len, options.random_seed)
     jobs = []
     for job in config.lora:
-        rows = None
-        if reader is not None:
-            rows = _unless_unreachable(partial(reader.rows_of, job), f"rows of {job.name}", notes)
-        parameters = None
-        if model is not None:
-            model.add_adapter(job.name, job.method, num_labels=job.num_labels)
-            parameters = model.num_parameters(job.name)
+        rows = parameters = None
+        with of_adapter(options.config, job.name):
+            if reader is not None:
+                rows = _unless_unreachable(partial(reader.rows_of, job), f"rows of {job.name}", notes)
+            if model is not None:
+                model.add_adapter(job.name, job.method, num_labels=job.num_labels)
+                parameters = model.num_parameters(job.name)
         jobs.append(PlannedJob.of(job, None if rows is None else rows[0], parameters))
     base = None if model is None else model.num_parameters(None)
     return Plan(origin.given, dtype, device, base, jobs, files, notes)

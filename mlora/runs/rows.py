@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from mlora.config import ConfigError, JobConfig, Problem
 from mlora.config.job import CASUAL
-from mlora.data import Sample, Samples, Split, load_training_samples, split_paths, task_names
+from mlora.data import DataError, Sample, Samples, Split, load_training_samples, split_paths, task_names
 from mlora.evaluation import Examination
-from mlora.tasks import find_task
+from mlora.model.errors import ModelError
+from mlora.tasks import UnknownTaskError, find_task
 from mlora.training.heldout import HeldOut, split
 
 if TYPE_CHECKING:
@@ -21,6 +23,16 @@ log = logging.getLogger(__name__)
 
 SETTINGS = ("task_name", "protocol", "prompt", "train_on_inputs", "limit", "on_bad_row")
 """What a job's rows depend on besides their place."""
+
+
+@contextmanager
+def of_adapter(config: str, name: str) -> Iterator[None]:
+    """Within the block, what is wrong with data or model is said of an adapter of a config file."""
+    try:
+        yield
+    except (DataError, ModelError, UnknownTaskError) as error:
+        error.args = (f"{config}: adapter {name}: {error}",)
+        raise
 
 
 class Reader:

@@ -32,7 +32,7 @@ from mlora.runs.assess import assess, examinations, of_base
 from mlora.runs.folder import RunFolder, command_line, log_path
 from mlora.runs.plan import Plan, PlannedJob, dry_plan
 from mlora.runs.report import write_report
-from mlora.runs.rows import Reader
+from mlora.runs.rows import Reader, of_adapter
 from mlora.runs.session import Session
 from mlora.runs.sweep import swept
 from mlora.tasks import find_task
@@ -94,17 +94,18 @@ class Run:
         written = [*self.folder.files([job.name for job in configs], routed), self.folder.checkpoints]
         written += [log_path(options.dir, options.log_file)]
         if options.dry_run:
-            seed = options.random_seed
-            print(dry_plan(self.config, self.origin, self.dtype, self.device, self._cutoff, seed, written))
+            print(dry_plan(options, self.config, self.origin, self.dtype, self.device, self._cutoff, written))
             return []
         _set_determinism(options)
         training = not (options.evaluate or options.inference)
         tokenizer = load.load_tokenizer(self.origin)
         # all data is read before the weights are, and before anything is written
         reader = Reader(tokenizer, self._cutoff, options.random_seed)
-        rows = [reader.rows_of(job) for job in self.config.lora] if training else []
-        held_out = zip(self.config.lora, rows, strict=False)
-        validation = {job.name: reader.validation(job, own) for job, (_, own) in held_out}
+        rows, validation = [], {}
+        for job in configs if training else ():
+            with of_adapter(options.config, job.name):
+                rows.append(reader.rows_of(job))
+                validation[job.name] = reader.validation(job, rows[-1][1])
         library = Library(tokenizer, self._cutoff)
         for examination in [] if options.inference else [*self._wanted(), *chain(*validation.values())]:
             library.questions(examination)
@@ -232,13 +233,14 @@ class Run:
             model.compile()
         for job in self.config.lora:
             place, method = self.folder.adapter(job.name), job.method.for_length(self._cutoff)
-            if options.evaluate or options.inference:
-                model.load_adapter(place, job.name)
-            elif options.load_adapter:
-                model.load_adapter(place, job.name)
-                model.train_as(job.name, method, job.seed, job.num_labels)
-            else:
-                model.add_adapter(job.name, method, job.seed, job.num_labels)
+            with of_adapter(options.config, job.name):
+                if options.evaluate or options.inference:
+                    model.load_adapter(place, job.name)
+                elif options.load_adapter:
+                    model.load_adapter(place, job.name)
+                    model.train_as(job.name, method, job.seed, job.num_labels)
+                else:
+                    model.add_adapter(job.name, method, job.seed, job.num_labels)
             if job.num_labels is not None and not (options.evaluate or options.inference):
                 model.adapter_module(job.name).head_task = find_task(job.task_name, job.protocol).name
 
