@@ -88,6 +88,22 @@ def test_it_takes_less_than_half_a_second_of_cpu(arguments: list[str]) -> None:
     assert min(taken) < 0.5, taken
 
 
+@pytest.mark.parametrize("script", ["launch.py", "train.py", "generate.py", "inference.py"])
+def test_a_python_without_the_packages_is_told_what_to_do(script: str) -> None:
+    done = subprocess.run([sys.executable, "-S", str(ROOT / script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "has no package" in done.stderr
+    assert "make setup" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_log_is_where_the_help_says() -> None:
+    for command, said in (
+        ("run", "with --dir, its log.txt"),
+        ("evaluate", "with --dir, its log.txt"),
+        ("reproduce", "log.txt in --dir"),
+    ):
+        assert said in " ".join(invoke(command, "--help").output.split())
+
+
 def test_alone_it_tells_the_five_steps() -> None:
     result = invoke()
     assert result.exit_code == 0

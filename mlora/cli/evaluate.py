@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mlora.cli.options import DTYPES, SeveralValues, base_model, base_source, option
+from mlora.cli.options import DTYPES, SeveralValues, base_model, base_source, log_file, option
 from mlora.cli.program import program
 from mlora.tasks import HARNESS, PROTOCOLS
 
@@ -35,7 +35,7 @@ from mlora.tasks import HARNESS, PROTOCOLS
 @option("attn_impl", "Attention implementation, by transformers' name.")
 @base_source
 @option("time_limit", "Minutes after which it stops.", click.FloatRange(0, min_open=True))
-@option("log_file", "Where the log goes.", default="mlora.log", show_default=True)
+@log_file
 @option("debug", "Show tracebacks.", bool, default=False)
 @click.pass_context
 def evaluate(ctx: click.Context, **flags: Any) -> None:

@@ -62,6 +62,9 @@ hub_offline = option(
     "hub_offline", "Open no connection: cached copies and local files only.", bool, default=False,
     expose_value=False, is_eager=True, callback=_go_offline,
 )  # fmt: skip
+log_file = option(
+    "log_file", "Where the log goes. [default: mlora.log; with --dir, its log.txt]", default="mlora.log"
+)  # fmt: skip
 base_model = option("base_model", 'Local folder, hub id, GGUF file, or "smollm2".', required=True)
 base_source = all_of(
     [

@@ -38,7 +38,7 @@ from mlora.report.paper import TASKS
 @option("attn_impl", "Attention implementation, by transformers' name.")
 @option("gradient_checkpointing", "Recompute layers in backward: less memory, slower.", bool, default=False)
 @base_source
-@option("log_file", "Where the log goes.", default="mlora.log", show_default=True)
+@option("log_file", "Where the log goes. [default: log.txt in --dir]", default="mlora.log")
 @option("debug", "Show tracebacks.", bool, default=False)
 @click.pass_context
 def reproduce(ctx: click.Context, **flags: Any) -> None:

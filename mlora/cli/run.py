@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlora.cli.options import CONTEXT, DTYPES, all_of, base_model, base_source, option
+from mlora.cli.options import CONTEXT, DTYPES, all_of, base_model, base_source, log_file, option
 from mlora.cli.program import program
 from mlora.cli.ranks import start_ranks
 from mlora.cli.start import start
@@ -48,7 +48,7 @@ run_options = all_of(
         base_source,
         option("time_limit", "Minutes after which it stops at a checkpoint.", click.FloatRange(0, min_open=True)),
         option("tracker", "tensorboard, wandb, trackio or mlflow; several with commas.", metavar="NAMES"),
-        option("log_file", "Where the log goes. [default: mlora.log; with --dir, its log.txt]", default="mlora.log"),
+        log_file,
         option("debug", "Show tracebacks; find non-finite gradients.", bool, default=False),
     ]
 )
