@@ -17,6 +17,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from mlora.ops import device_type
+
 if TYPE_CHECKING:
     from mlora.model.branches import Branches
 
@@ -100,7 +102,9 @@ def fits_varlen(query: Tensor, value: Tensor, sliding_window: int | None, softca
     width = query.shape[-1]
     heads = width % 8 == 0 and width <= 256 and value.shape[-1] == width
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return plain and heads and half and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    on_gpu = device_type(query) == "cuda"
+    capability = torch.cuda.get_device_capability(query.device if query.is_cuda else None) if on_gpu else (0, 0)
+    return plain and heads and half and capability >= (8, 0)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scaling: float | None) -> Tensor:

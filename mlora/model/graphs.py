@@ -278,7 +278,6 @@ class Graphs:
         self._names: tuple[str, ...] = ()
         self._pool: Any = None
         self._broken = False
-        log.info("steps run %s", f"without CUDA graphs: {self.obstacle}" if self.obstacle else "as CUDA graphs")
 
     @cached_property
     def obstacle(self) -> str | None:

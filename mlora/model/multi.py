@@ -721,7 +721,7 @@ class MultiAdapterModel(nn.Module):
             # A mask of four dimensions is handed down as it is, which spares the [T, T] one that nobody would read.
             unread = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
             inputs |= {"attention_mask": unread, "packed_lengths": batch.lengths}
-            if batch.input_ids.is_cuda:
+            if ops.device_type(batch.input_ids) == "cuda":
                 inputs["packed_offsets"] = batch.offsets
             if batch.branches is not None:
                 inputs["packed_branches"] = batch.branches

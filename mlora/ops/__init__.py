@@ -7,7 +7,7 @@ from typing import Any
 
 _HOME = {
     "dora": ("dora_norm", "frozen_weight", "squared_row_norms"),
-    "backend": ("dropout", "fused_available"),
+    "backend": ("device_type", "dropout", "fused_available", "standing_for"),
     "loss": ("token_losses",),
     "lowrank": (
         "BlockUpdate",

@@ -1,9 +1,15 @@
-"""Which form of an operation runs: Triton's kernels on an NVIDIA GPU, plain torch elsewhere."""
+"""Which form of an operation runs: Triton's kernels on an NVIDIA GPU, plain torch elsewhere.
+
+It follows from the device that tensors lie on. Tensors without data lie nowhere; they may stand for those of a device,
+so that what a step would do there can be looked at anywhere.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -15,9 +21,33 @@ from mlora.ops import random
 log = logging.getLogger(__name__)
 
 
+_stood_for: list[str] = []
+
+
+def device_type(x: Tensor) -> str:
+    """Return the type of the device that a tensor lies on or stands for: "cpu", "cuda", ..."""
+    return _stood_for[-1] if _stood_for else x.device.type
+
+
+@contextmanager
+def standing_for(device: str) -> Iterator[None]:
+    """Take every tensor for one of a type of device inside the `with` block, where none has data; no kernel runs."""
+    _stood_for.append(device)
+    try:
+        if device == "cuda" and _triton():
+            from mlora.ops.fused.masks import unlaunched
+
+            with unlaunched():
+                yield
+        else:
+            yield
+    finally:
+        _stood_for.pop()
+
+
 def fused_available(x: Tensor) -> bool:
     """Return whether the kernels of `ops.fused` can work on a tensor."""
-    return x.is_cuda and _triton()
+    return device_type(x) == "cuda" and _triton()
 
 
 def dropout(x: Tensor, keys: Tensor, p: float, stream: str) -> Tensor:

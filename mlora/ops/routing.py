@@ -59,7 +59,9 @@ def switch_routing(logits: Tensor, capacity: int, sequence_lengths: Sequence[int
     total = chosen.cumsum(0)
     lengths = torch.tensor(sequence_lengths, device=logits.device)
     starts = lengths.cumsum(0) - lengths
-    before = torch.cat([torch.zeros_like(total[:1]), total])[starts].repeat_interleave(lengths, 0)
+    before = torch.cat([torch.zeros_like(total[:1]), total])[starts].repeat_interleave(
+        lengths, 0, output_size=len(logits)
+    )
     place = ((total - before) * chosen).sum(-1)
     return weights, experts, place > capacity
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from mlora.adapters.routed import Routed
 from mlora.config import JobConfig
-from mlora.data import Sample, epoch_order
+from mlora.data import Sample
 from mlora.model.batch import IGNORED, Row
 from mlora.model.errors import ModelError
 from mlora.model.graphs import Losses, Weights
@@ -29,6 +29,7 @@ from mlora.model.multi import AdapterOutput, MultiAdapterModel
 from mlora.model.profile import RouterProfile
 from mlora.parallel import ALONE, Ranks
 from mlora.training.heldout import HeldOut
+from mlora.training.order import Order
 from mlora.training.schedule import build_schedule
 from mlora.wording import install
 
@@ -52,6 +53,7 @@ class Job:
         ranks: processes that train this job together, each on rows of its own.
 
     Attributes:
+        order: in which the rows come.
         step: optimizer steps done.
         row: rows of the step in progress that are done.
         micro_batches: computed so far, in all steps; those that ranks compute at the same time count once.
@@ -73,8 +75,8 @@ class Job:
     ) -> None:
         self.ranks = ranks
         self.config, self.name, self.samples, self.seed = config, config.name, samples, seed
-        self.steps_per_epoch = math.ceil(len(samples) / config.batch_size)
-        self.total_steps = self.steps_per_epoch * config.num_epochs
+        self.order = Order(config, samples, seed)
+        self.steps_per_epoch, self.total_steps = self.order.steps_per_epoch, self.order.total_steps
         self.held_out, self.best_loss = held_out, math.inf
         self.step = self.row = self.micro_batches = self.skipped = 0
         self.micro_batch_size = config.micro_batch_size
@@ -85,7 +87,6 @@ class Job:
         self.parameters = [parameter for _, parameter in named]
         self.optimizer = build_optimizer(config, self.method, named)
         self.schedule = build_schedule(config, self.optimizer, self.total_steps)
-        self._order: tuple[int, list[int]] = (-1, [])
         self._step: _Step | None = None
         self.measured: dict[str, float] = {}
         self.counted: torch.Tensor | None = None
@@ -131,15 +132,7 @@ class Job:
 
     def rows_of(self, step: int) -> list[Row]:
         """Return all rows of an optimizer step."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        size = self.config.batch_size
-        if self._order[0] != epoch:
-            lengths = [len(s.input_ids) for s in self.samples] if self.config.group_by_length else None
-            order = epoch_order(len(self.samples), self.seed, self.name, epoch, lengths=lengths, batch_size=size)
-            self._order = (epoch, order)
-        chosen = self._order[1][position * size : (position + 1) * size]
-        samples = [self.samples[i] for i in chosen]
-        return [Row(s.input_ids, s.labels, self.name, index, s.class_id) for index, s in enumerate(samples)]
+        return self.order.rows_of(step)
 
     @property
     def _next_row(self) -> int:
@@ -293,3 +286,10 @@ def build_optimizer(config: JobConfig, method: Any, named: list[tuple[str, nn.Pa
             raise ModelError(f"optim: 'adamw8bit' needs bitsandbytes: {install('quant')}") from error
         return bnb.AdamW8bit(params, lr=config.lr, weight_decay=decay)
     return torch.optim.AdamW(params, lr=config.lr, weight_decay=decay, fused=True)
+
+
+def optimizer_bytes(config: JobConfig, parameters: int) -> int:
+    """Return the bytes that an optimizer keeps of so many parameters: means and squares, or momentum."""
+    eight_bits = 2 + 2 * 4 / 256  # and a float32 for every block of 256
+    each = {"sgd": 4 if config.momentum else 0, "adamw8bit": eight_bits}.get(config.optim, 8)
+    return round(each * parameters)

@@ -72,7 +72,11 @@ def train(
 
 def graphs_for(model: MultiAdapterModel) -> Graphs | None:
     """Return what records steps; None where nothing waits for the device."""
-    return Graphs(model) if model.device.type == "cuda" else None
+    if model.device.type != "cuda":
+        return None
+    graphs = Graphs(model)
+    log.info("steps run %s", f"without CUDA graphs: {graphs.obstacle}" if graphs.obstacle else "as CUDA graphs")
+    return graphs
 
 
 def sum_gradients(jobs: Sequence[Job], ranks: Ranks) -> None:

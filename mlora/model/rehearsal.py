@@ -1,0 +1,203 @@
+"""What memory a training step takes, found by taking it with tensors that have shapes and no data.
+
+The step is the real one, with its segments, kernels' buffers, recomputed layers and loss in chunks; only the arithmetic
+is left out. Every storage is counted from the operation that makes it to the moment when nothing refers to it. So
+nothing is estimated that the code itself decides, and what changes there changes here.
+
+Not seen is what libraries take inside one operation, for the length of it. What torch's compiler would make of norms
+is said by a rule: a compiled one keeps what it reads and computes the rest again, as its partitioner decides.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from mlora import ops
+from mlora.model.batch import Batch, Row
+from mlora.model.graphs import Graphs, Weights, compute, prepare, size_for
+from mlora.model.inject import AdaptedBlock, AdaptedLinear
+from mlora.model.multi import MultiAdapterModel
+from mlora.model.recompute import Recompute
+
+BLOCK_BYTES = 512
+"""What torch's allocator rounds up to on a GPU."""
+WORKSPACE_BYTES = 1 << 25
+"""What torch sets aside for cuBLAS on an H100, beside the tensors."""
+
+
+class Footprint(NamedTuple):
+    """Bytes at the peak of a training step, in parts.
+
+    Attributes:
+        base: frozen weights.
+        adapters: trained weights, what the optimizer keeps of them, and gradients that last longer than a backward.
+        activations: what a forward leaves for its backward.
+        rest: what is needed for a moment, the loss and single operations, or gradients where they are more.
+    """
+
+    base: int
+    adapters: int
+    activations: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(self)
+
+
+class Rehearsal:
+    """Training steps of a model without weights.
+
+    Args:
+        model: on the meta device, its adapters added; its tensors are replaced.
+        device: type of the device that steps will run on, "cpu" or "cuda".
+        compiled: whether decoder layers will be compiled.
+    """
+
+    def __init__(self, model: MultiAdapterModel, device: str, compiled: bool = False) -> None:
+        self.model, self.device = model, device
+        self._mode = FakeTensorMode()
+        _replace_tensors(model, self._mode)
+        if compiled:
+            for layer in model.sites.layers:
+                _keep_inputs_alone(layer)
+        with self._mode, ops.standing_for(device):
+            model.outputs_plainly = _passes_outputs_on(model.hf_model)
+        model.train()
+
+    def step(
+        self,
+        rows: Mapping[str, Sequence[Row]],
+        recompute: Recompute,
+        optimizer_bytes: int = 0,
+        accumulates: bool = False,
+    ) -> Footprint:
+        """Take a step and return its memory.
+
+        Args:
+            rows: of a micro-batch, for each adapter in it.
+            recompute: what backward computes again.
+            optimizer_bytes: that the optimizers of all adapters keep.
+            accumulates: whether gradients of an earlier micro-batch are there already.
+        """
+        model, cuda = self.model, self.device == "cuda"
+        model.recompute = recompute
+        trained = [p for name in rows for _, p in model.adapter_parameters(name)]
+        count = _Count(BLOCK_BYTES if cuda else 1)
+        base = count.add(chain(model.hf_model.parameters(), model.hf_model.buffers()))
+        adapters = count.add(model.adapter_modules.parameters())
+        graphs = Graphs(model)
+        with self._mode, ops.standing_for(self.device), count:
+            recorded = cuda and graphs.suits(rows)
+            if recorded or accumulates:
+                lasting = [torch.empty_like(p) for p in trained]
+                adapters = count.now - base
+            if recorded:
+                size = size_for(rows)
+                once = dict.fromkeys(rows, Weights(1.0, 1.0))
+                compute(model, list(rows), size, prepare(model, rows, dict.fromkeys(rows, 0), once, size))
+            else:
+                for parameter, gradient in zip(trained, lasting if accumulates else (), strict=False):
+                    parameter.grad = gradient
+                packed = Batch.pack([row for own in rows.values() for row in own], dict.fromkeys(rows, 0))
+                torch.stack([o.loss + o.aux_loss for o in model(packed).values()]).sum().backward()
+        for parameter in trained:
+            parameter.grad = None
+        kept = count.kept - base - adapters
+        rest = count.peak - count.kept + (WORKSPACE_BYTES if cuda else 0)
+        return Footprint(base, adapters + optimizer_bytes, kept, rest)
+
+
+class _Count(TorchDispatchMode):
+    """Adds up the storages that operations make while they live.
+
+    Attributes:
+        now, peak: bytes, and the most there were.
+        kept: bytes when the first backward began.
+    """
+
+    def __init__(self, block: int) -> None:
+        super().__init__()
+        self.now = self.peak = self.kept = 0
+        self._block, self._turned = block, False
+        self._live: dict[int, weakref.ref[Any]] = {}
+
+    def add(self, tensors: Iterable[Tensor]) -> int:
+        """Count tensors that are there; return the bytes that they add."""
+        before = self.now
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._live:
+                size = -(-storage.nbytes() // self._block) * self._block
+                self._live[key] = weakref.ref(storage, partial(self._drop, key, size))
+                self.now += size
+        self.peak = max(self.peak, self.now)
+        return self.now - before
+
+    def _drop(self, key: int, size: int, _: object) -> None:
+        del self._live[key]
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._turned and torch._C._current_autograd_node() is not None:
+            self._turned, self.kept = True, self.now
+        if func is torch.ops.aten.logsumexp.default:  # makes x - max(x) inside
+            self.peak = max(self.peak, self.now + args[0].nbytes)
+        out = func(*args, **kwargs or {})
+        self.add(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
+
+
+def _replace_tensors(model: MultiAdapterModel, mode: FakeTensorMode) -> None:
+    """Put tensors without data, which take the CPU for their device, in place of a model's on the meta device."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # what was replaced lives as long, so that its id is its own
+
+    def replaced(tensor: Any) -> Any:
+        if tensor is None:
+            return None
+        if id(tensor) not in made:
+            fake: Any = FakeTensor(mode, torch.empty_like(tensor, requires_grad=False), torch.device("cpu"))
+            if isinstance(tensor, nn.Parameter):
+                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = fake, tensor
+        return made[id(tensor)][0]
+
+    held: list[dict[str, Any]] = [own for m in model.modules() for own in (m._parameters, m._buffers)]
+    held += [own for name in model.adapters for own in model.adapter_module(name).tensors.values()]
+    for own in held:
+        own.update({name: replaced(tensor) for name, tensor in own.items()})
+
+
+def _keep_inputs_alone(module: nn.Module) -> None:
+    """Let what torch's compiler gets of a decoder layer keep what it reads: its modules without adapted ones inside."""
+    for child in module.children():
+        if isinstance(child, AdaptedLinear | AdaptedBlock):
+            continue
+        if any(isinstance(inner, AdaptedLinear | AdaptedBlock) for inner in child.modules()):
+            _keep_inputs_alone(child)
+        elif next(child.parameters(), None) is not None:
+            child.forward = partial(checkpoint, child.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _passes_outputs_on(hf_model: Any) -> bool:
+    """Return whether a model's logits are what its output layer returns."""
+    returned: list[Tensor] = []
+    hook = hf_model.get_output_embeddings().register_forward_hook(lambda _, __, out: returned.append(out))
+    try:
+        logits = hf_model(input_ids=torch.zeros(1, 3, dtype=torch.int64), use_cache=False).logits
+    finally:
+        hook.remove()
+    return [out.untyped_storage()._cdata for out in returned] == [logits.untyped_storage()._cdata]
