@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -346,6 +347,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(
     row = next(line.split() for line in shown.splitlines() if line.startswith("a "))
     assert row[1:6] == ["mixlora", "4", "4", "24", "6"] and int(row[7].replace(",", "")) > 10_000
     assert shown.count("unknown: rows of") == 2 and "allenai/ai2_arc" in shown
+    assert "memory:" not in shown, "which takes all rows"
     assert sorted(here.rglob("*")) == before
     assert "checkpoints" in shown and "mlora.log" in shown and "router.jsonl" in shown
     lines = shown[shown.index("writes to") :].partition("unknown")[0].splitlines()
@@ -360,6 +362,7 @@ def test_a_dry_run_is_refused_where_the_run_is_and_names_only_what_is_written(
     write_config(adapter("a"))
     assert main(RunOptions(str(base), dry_run=True, dir="out")) == 0
     shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"memory: \d+ MiB of [\d.]+ GiB free on cpu: base model .* backward computes nothing again", shown)
     assert "writes to out: config.json," in shown and "adapters/a, checkpoints, log.txt" in shown
     assert "router.jsonl" not in shown and not Path("out").exists()
     assert main(RunOptions(str(base), dry_run=True, dir="out", log_file=str(here / "own.log"))) == 0

@@ -16,7 +16,7 @@ from mlora.cli.start import start
 from mlora.config import RunOptions, load_config
 from mlora.config.templates import ROOT
 
-RECOMPUTE = click.Choice(["none", "middle", "all"])
+RECOMPUTE = click.Choice(["auto", "none", "middle", "all"])
 run_options = all_of(
     [
         base_model,
@@ -41,7 +41,7 @@ run_options = all_of(
         option("attn_impl", "Attention implementation, by transformers' name."),
         option("sliding_window", "Turn on a window that the model has switched off.", bool, default=False),
         option("use_cache", "Cache keys and values in generation. [default: True]", bool, default=True),
-        option("recompute", "Of layers in backward: less memory, slower. [default: none]", RECOMPUTE, default="none"),
+        option("recompute", "Of layers in backward: less memory, slower. [default: auto]", RECOMPUTE, default="auto"),
         option("gradient_checkpointing", "The same as --recompute all.", bool, default=False),
         option("compile", "Compile norms and sums. [default: on CUDA, bases from 1B parameters]", bool),
         option("tf32", "Allow TensorFloat-32 on CUDA.", bool, default=False),

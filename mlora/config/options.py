@@ -34,7 +34,7 @@ class RunOptions:
         sliding_window: turn on the window of families that have one switched off (qwen2).
         use_cache: keep keys and values in generation.
         recompute: what of decoder layers is not kept for backward but computed again there, "none", "middle" (their
-            feed-forward blocks) or "all".
+            feed-forward blocks) or "all"; "auto" for as little as lets the training fit into memory.
         gradient_checkpointing: the same as recompute "all".
         compile: compile norms, rotary embeddings and residual sums, tens of seconds at the first step; None for on a
             GPU with a base of a billion parameters or more.
@@ -70,7 +70,7 @@ class RunOptions:
     sliding_window: bool = False
     use_cache: bool = True
     tf32: bool = False
-    recompute: str = "none"
+    recompute: str = "auto"
     gradient_checkpointing: bool = False
     compile: bool | None = None
     revision: str | None = None

@@ -46,6 +46,15 @@ def in_batches(items: Sequence[_Item], size: int, compute: Callable[[Sequence[_I
         start += len(batch)
 
 
+def free_bytes(device: str) -> int:
+    """Return the bytes that are free on a type of device, "cuda" or "cpu"."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def peak_bytes(device: torch.device) -> float:
     """Return the most bytes that tensors have taken on a GPU so far; on the CPU, the most of the whole process."""
     if device.type == "cuda":

@@ -17,6 +17,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,12 +65,19 @@ class Rehearsal:
         model: on the meta device, its adapters added; its tensors are replaced.
         device: type of the device that steps will run on, "cpu" or "cuda".
         compiled: whether decoder layers will be compiled.
+        quantization: of the base model, None, "4bit" or "8bit".
     """
 
-    def __init__(self, model: MultiAdapterModel, device: str, compiled: bool = False) -> None:
+    def __init__(
+        self, model: MultiAdapterModel, device: str, compiled: bool = False, quantization: str | None = None
+    ) -> None:
         self.model, self.device = model, device
         self._mode = FakeTensorMode()
         _replace_tensors(model, self._mode)
+        self._scales: list[Tensor] = []
+        if quantization is not None:
+            with self._mode:
+                self._scales = _quantise(model.hf_model, quantization)
         if compiled:
             for layer in model.sites.layers:
                 _keep_inputs_alone(layer)
@@ -96,7 +104,7 @@ class Rehearsal:
         model.recompute = recompute
         trained = [p for name in rows for _, p in model.adapter_parameters(name)]
         count = _Count(BLOCK_BYTES if cuda else 1)
-        base = count.add(chain(model.hf_model.parameters(), model.hf_model.buffers()))
+        base = count.add(chain(model.hf_model.parameters(), model.hf_model.buffers(), self._scales))
         adapters = count.add(model.adapter_modules.parameters())
         graphs = Graphs(model)
         with self._mode, ops.standing_for(self.device), count:
@@ -190,6 +198,49 @@ def _keep_inputs_alone(module: nn.Module) -> None:
             _keep_inputs_alone(child)
         elif next(child.parameters(), None) is not None:
             child.forward = partial(checkpoint, child.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _quantise(hf_model: Any, quantization: str) -> list[Tensor]:
+    """Give every linear layer but the output layer a weight as bitsandbytes keeps it; return what belongs to these."""
+    scales = []
+    output = hf_model.get_output_embeddings()
+    output = output.frozen if isinstance(output, AdaptedLinear) else output
+    for layer in hf_model.modules():
+        if not isinstance(layer, nn.Linear) or layer is output:
+            continue
+        shape, dtype, count = layer.weight.shape, layer.weight.dtype, layer.weight.numel()
+        quantised: Any
+        if quantization == "8bit":
+            quantised = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
+            quantised.SCB = torch.empty(shape[0])
+            scales.append(quantised.SCB)
+        else:
+            from bitsandbytes.functional import QuantState
+
+            quantised = nn.Parameter(torch.empty(-(-count // 2), 1, dtype=torch.uint8), requires_grad=False)
+            blocks = -(-count // 64)
+            second = QuantState(torch.empty(-(-blocks // 256)), None, torch.empty(256), 256, dtype=torch.float32)
+            of_blocks = torch.empty(blocks, dtype=torch.uint8)
+            quantised.quant_state = QuantState(
+                of_blocks, shape, torch.empty(16), 64, "nf4", dtype, offset=torch.empty(()), state2=second
+            )
+            scales += [of_blocks, second.absmax]
+        layer.weight = quantised
+        layer.forward = partial(_Dequantised.apply, layer)  # type: ignore[method-assign]
+    return scales
+
+
+class _Dequantised(torch.autograd.Function):
+    """W x + b with the weight made whole in both directions, and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Linear, x: Tensor) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, ops.frozen_weight(layer).to(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad @ ops.frozen_weight(ctx.layer).to(grad.dtype)
 
 
 def _passes_outputs_on(hf_model: Any) -> bool:

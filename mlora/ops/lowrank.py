@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlora.ops.backend import device_type
-
 
 class LowRankUpdate(NamedTuple):
     """What an adapter adds to a frozen linear layer's output, s sum_e w_e B_e A_e d(x), as data.

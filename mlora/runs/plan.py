@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,13 @@ from mlora.adapters import Method
 from mlora.config import JobConfig, RunConfig, RunOptions
 from mlora.data import Sample, UnreachableError
 from mlora.model import load
+from mlora.model.attention import PACKED
 from mlora.model.errors import UnreachableModelError
 from mlora.model.multi import MultiAdapterModel
 from mlora.report.table import columns, wrapped
+from mlora.runs.forecast import Forecast, Setting
 from mlora.runs.rows import Reader, of_adapter
+from mlora.training.order import Order
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Plan:
         base_parameters: frozen ones; None where they are not known.
         jobs: the adapters.
         files: that will be written.
+        memory: that the training takes; None where it is not known, or nothing is trained.
         notes: what is unknown, and why.
     """
 
@@ -69,6 +74,7 @@ class Plan:
     base_parameters: int | None
     jobs: Sequence[PlannedJob]
     files: Sequence[Path]
+    memory: Forecast | None = None
     notes: Sequence[str] = ()
 
     def __str__(self) -> str:
@@ -80,8 +86,9 @@ class Plan:
                 "",
                 columns(header, [self._row(job) for job in self.jobs], left=2),
                 "",
+                *([] if self.memory is None else [str(self.memory), ""]),
                 _written(self.files),
-                *(wrapped(f"unknown: {note}") for note in self.notes),
+                *(f"unknown: {note}" for note in self.notes),
             ]
         )
 
@@ -103,24 +110,25 @@ def _written(files: Sequence[Path]) -> str:
     folder = files[0].parent
     names = ", ".join(str(file.relative_to(folder)) for file in files if file.is_relative_to(folder))
     elsewhere = "".join(f"; and {file}" for file in files if not file.is_relative_to(folder))
-    return wrapped(f"writes to {folder}: {names}{elsewhere}")
+    text = f"writes to {folder}: {names}{elsewhere}"
+    return textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
 def dry_plan(
     options: RunOptions,
     config: RunConfig,
     origin: load.Origin,
-    dtype: str,
-    device: str,
+    setting: Setting,
     cutoff_len: int,
     files: Sequence[Path],
 ) -> Plan:
     """Plan without weights: the model as shapes only, and the data where it can be had."""
     notes: list[str] = []
-    model = _unless_unreachable(lambda: shapes(origin), "parameters", notes)
+    model = _unless_unreachable(lambda: shapes(origin, setting.dtype, setting.attention), "parameters", notes)
     tokenizer = _unless_unreachable(lambda: load.load_tokenizer(origin), "rows and steps", notes)
-    reader = None if tokenizer is None else Reader(tokenizer, cutoff_len, options.random_seed)
-    jobs = []
+    seed, training = options.random_seed, not (options.evaluate or options.inference)
+    reader = None if tokenizer is None else Reader(tokenizer, cutoff_len, seed)
+    jobs, orders = [], []
     for job in config.lora:
         rows = parameters = None
         with of_adapter(options.config, job.name):
@@ -130,17 +138,32 @@ def dry_plan(
                 model.add_adapter(job.name, job.method, num_labels=job.num_labels)
                 parameters = model.num_parameters(job.name)
         jobs.append(PlannedJob.of(job, None if rows is None else rows[0], parameters))
+        orders += [] if rows is None else [Order(job, rows[0], job.seed_or(seed))]
     base = None if model is None else model.num_parameters(None)
-    return Plan(origin.given, dtype, device, base, jobs, files, notes)
+    memory = None
+    if model is not None and training and len(orders) == len(jobs):
+        memory = setting.forecast(model, orders, config.train_lora_simultaneously_num, notes)
+    return Plan(origin.given, setting.dtype, setting.device, base, jobs, files, memory, notes)
 
 
-def shapes(origin: load.Origin) -> MultiAdapterModel:
-    """Return a base model without its weights."""
+def shapes(origin: load.Origin, dtype: str = "float32", attention: str | None = None) -> MultiAdapterModel:
+    """Return a base model without its weights.
+
+    Args:
+        origin: where it lies.
+        dtype: of the weights that it would have.
+        attention: transformers' name of an implementation; None for packed attention.
+    """
     from transformers import AutoModelForCausalLM
 
+    keywords = {"dtype": getattr(torch, dtype), "trust_remote_code": origin.trust_remote_code}
     config = load.load_config(origin)
     with torch.device("meta"):
-        return MultiAdapterModel(AutoModelForCausalLM.from_config(config), origin)
+        try:
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention or PACKED, **keywords)
+        except KeyError:  # as `load_model` does, for families that look attention up in a table of their own
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **keywords)
+        return MultiAdapterModel(model.requires_grad_(False), origin)
 
 
 def _unless_unreachable(read: Callable[[], Any], what: str, notes: list[str]) -> Any:

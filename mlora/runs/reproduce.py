@@ -26,6 +26,7 @@ from mlora.config.jsonfile import read_json, write_atomically, write_json
 from mlora.config.templates import find_template
 from mlora.data import split_paths, task_names
 from mlora.model import load
+from mlora.model.memory import free_bytes
 from mlora.report.paper import TASKS
 from mlora.report.table import BASE
 from mlora.runs.folder import RunFolder
@@ -223,7 +224,8 @@ class Reproduction:
             return saved["passes"]
         names = [job.name for job in jobs.lora]
         largest = BYTES_PER_PARAMETER * max(sizes[name] for name in names)
-        fit = self.at_once or max(1, int(MEMORY_SHARE * (_free_bytes() - 2 * sizes[None]) / largest))
+        free = free_bytes("cuda" if torch.cuda.is_available() else "cpu") - 2 * sizes[None]
+        fit = self.at_once or max(1, int(MEMORY_SHARE * free / largest))
         count = -(-len(names) // min(fit, len(names)))
         each, alike = -(-len(names) // count), _alike(jobs.lora)
         each -= each % alike if each > alike else 0
@@ -305,14 +307,6 @@ def _alike(jobs: Sequence[JobConfig]) -> int:
     beside a task whose rows are twice as long most steps could not be recorded.
     """
     return max(Counter((job.task_name, job.protocol) for job in jobs).values())
-
-
-def _free_bytes() -> float:
-    if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0])
-    import os
-
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
 
 
 def _missing(folder: RunFolder, jobs: Sequence[JobConfig]) -> int:

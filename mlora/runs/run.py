@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -22,6 +22,7 @@ from mlora.config.jsonfile import write_json
 from mlora.data import task_names
 from mlora.evaluation import Examination, Library, check_heads
 from mlora.model import card, files, load
+from mlora.model.memory import free_bytes
 from mlora.model.multi import MultiAdapterModel
 from mlora.model.recompute import WHATS, Recompute
 from mlora.parallel import Ranks
@@ -30,7 +31,8 @@ from mlora.report.table import results_table
 from mlora.runs.answer import answer_lines
 from mlora.runs.assess import assess, examinations, of_base
 from mlora.runs.folder import RunFolder, command_line, log_path
-from mlora.runs.plan import Plan, PlannedJob, dry_plan
+from mlora.runs.forecast import Forecast, Setting
+from mlora.runs.plan import Plan, PlannedJob, dry_plan, shapes
 from mlora.runs.report import write_report
 from mlora.runs.rows import Reader, of_adapter
 from mlora.runs.session import Session
@@ -41,10 +43,6 @@ from mlora.training.job import MAX_SKIPPED, Job
 from mlora.training.stop import Deadline
 
 log = logging.getLogger(__name__)
-
-
-COMPILED_FROM = 10**9
-"""Parameters of a base model from which compiling pays off, unless a run is short."""
 
 
 class RunError(Exception):
@@ -94,7 +92,7 @@ class Run:
         written = [*self.folder.files([job.name for job in configs], routed), self.folder.checkpoints]
         written += [log_path(options.dir, options.log_file)]
         if options.dry_run:
-            print(dry_plan(options, self.config, self.origin, self.dtype, self.device, self._cutoff, written))
+            print(dry_plan(options, self.config, self.origin, self._setting(), self._cutoff, written))
             return []
         _set_determinism(options)
         training = not (options.evaluate or options.inference)
@@ -109,8 +107,11 @@ class Run:
         library = Library(tokenizer, self._cutoff)
         for examination in [] if options.inference else [*self._wanted(), *chain(*validation.values())]:
             library.questions(examination)
+        setting = self._setting()
         model = self._load_model()
         model.use_tokenizer(tokenizer)
+        if not model.sharded and setting.compiles(model.num_parameters(None)):
+            model.compile()
         self._add_adapters(model)
         check_heads(model, self._wanted())
         failures: list[str] = []
@@ -119,7 +120,9 @@ class Run:
                 Job(config, samples, model, config.seed_or(options.random_seed), held_out, self.ranks)
                 for config, (samples, held_out) in zip(self.config.lora, rows, strict=True)
             ]
-            self._train(model, jobs, validation, library, written)
+            notes: list[str] = []
+            memory = self._forecast(setting, model, jobs, notes)
+            self._train(model, jobs, validation, library, partial(self._plan, model, jobs, written, memory, notes))
             failures += [_diverged(job) for job in jobs if job.diverged]
         if options.inference:
             answer_lines(model, self.config, options.use_cache)
@@ -145,8 +148,8 @@ class Run:
         for one, other in (("resume", "overwrite"), ("evaluate", "inference"), ("resume", "evaluate")):
             if getattr(options, one) and getattr(options, other):
                 raise _bad(f"--{one}", f"cannot be combined with --{other}")
-        if options.gradient_checkpointing and options.recompute == "middle":
-            raise _bad("--gradient_checkpointing", "cannot be combined with --recompute middle")
+        if options.gradient_checkpointing and options.recompute in ("none", "middle"):
+            raise _bad("--gradient_checkpointing", f"cannot be combined with --recompute {options.recompute}")
         silent = [job for job in self.config.lora if options.inference and job.num_labels is not None]
         if silent:
             raise _bad("--inference", f"{silent[0].name} has a classification head ({silent[0].task_name}): no answers")
@@ -196,11 +199,18 @@ class Run:
             return self.config.cutoff_len
         return int(load.load_config(self.origin).get_text_config().max_position_embeddings)
 
-    @property
-    def _recompute(self) -> Recompute:
+    def _setting(self) -> Setting:
         options = self.options
         what = "all" if options.gradient_checkpointing else options.recompute
-        return Recompute(next(known for known in WHATS if known == what))
+        return Setting(
+            dtype=self.dtype,
+            device=self.device,
+            free=free_bytes(self.device),
+            recompute=next((known for known in WHATS if known == what), None),
+            compiled=options.compile,
+            quantization=options.quantize,
+            attention=options.attn_impl,
+        )
 
     def _load_model(self) -> MultiAdapterModel:
         options = self.options
@@ -227,10 +237,6 @@ class Run:
 
     def _add_adapters(self, model: MultiAdapterModel) -> None:
         options = self.options
-        model.recompute = self._recompute
-        large = self.device == "cuda" and not model.sharded and model.num_parameters(None) >= COMPILED_FROM
-        if large if options.compile is None else options.compile:
-            model.compile()
         for job in self.config.lora:
             place, method = self.folder.adapter(job.name), job.method.for_length(self._cutoff)
             with of_adapter(options.config, job.name):
@@ -252,7 +258,7 @@ class Run:
         jobs: Sequence[Job],
         validation: Mapping[str, Sequence[Examination]],
         library: Library,
-        written: Sequence[Path],
+        plan: Callable[[], Plan],
     ) -> None:
         options = self.options
         for job in jobs:  # the same in theory; a factorisation on a GPU may differ in its last bits
@@ -274,10 +280,39 @@ class Run:
             self.folder.trackers = Trackers.opened(
                 self._trackers, self.folder.path, self.folder.path.resolve().name, resolved(self.config)
             )
+        print(plan(), flush=True)
+        session.train()
+
+    def _forecast(
+        self, setting: Setting, model: MultiAdapterModel, jobs: Sequence[Job], notes: list[str]
+    ) -> Forecast | None:
+        """Find out what the training will take, and let backward compute again what memory does not suffice for."""
+        if setting.recompute is not None:
+            model.recompute = Recompute(setting.recompute)
+        if model.padded or model.sharded:
+            notes.append(f"memory: {'the family trains in padded rows' if model.padded else 'the base is sharded'}")
+            return None
+        twin = shapes(self.origin, self.dtype, model.hf_model.config._attn_implementation)
+        for job in jobs:
+            twin.add_adapter(job.name, job.method, num_labels=job.config.num_labels)
+        orders = [job.order for job in jobs]
+        found = setting.forecast(twin, orders, self.config.train_lora_simultaneously_num, notes)
+        if found is not None:
+            model.recompute = found.recompute
+            log.info("%s", found)
+        return found
+
+    def _plan(
+        self,
+        model: MultiAdapterModel,
+        jobs: Sequence[Job],
+        written: Sequence[Path],
+        memory: Forecast | None,
+        notes: Sequence[str],
+    ) -> Plan:
         planned = [PlannedJob.of(job.config, job.samples, model.num_parameters(job.name)) for job in jobs]
         base = model.num_parameters(None)
-        print(Plan(options.base_model, self.dtype, self.device, base, planned, written), flush=True)
-        session.train()
+        return Plan(self.options.base_model, self.dtype, self.device, base, planned, written, memory, notes)
 
     def _making(self, name: str) -> card.Making:
         job = next(job for job in self.config.lora if job.name == name)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from mlora.ops.backend import device_type
 from mlora.ops.fused.masks import Dropout, dropped_out, mask_bits, token_keys
 
 PROGRAMS = 264
@@ -269,7 +270,7 @@ def gradients_of_b(codes: Tensor, grad: Tensor, stack: Sequence[Tensor], scale: 
 
 def summed_products(left: Tensor, right: Tensor, groups: int) -> Tensor:
     """Return l^T r of each adapter's tokens [G, A, B], float32, from l [N, A] and r [N, B]."""
-    if left.dtype == torch.float32 or not left.is_cuda:
+    if left.dtype == torch.float32 or device_type(left) != "cuda":
         left, right = left.float(), right.float()
     if groups == 1:
         found = torch.mm(left.mT, right) if left.dtype == torch.float32 else torch.mm(left.mT, right, torch.float32)
