@@ -153,8 +153,8 @@ def forecast(
 def _least(take: Any, sites: Any, limit: float) -> Recompute:
     """Return what costs least time of all that fits; everything where nothing does.
 
-    What one layer saves says how many it takes at least; time goes with the sizes of the frozen products that are
-    computed again.
+    What one layer saves says about how many it takes; time goes with the sizes of the frozen products that are computed
+    again.
     """
     nothing = take(Recompute())
     if nothing.total <= limit:
@@ -168,6 +168,8 @@ def _least(take: Any, sites: Any, limit: float) -> Recompute:
         count = math.ceil((nothing.total - limit) / saved)
         while count < layers and take(Recompute(what, count)).total > limit:
             count += 1
+        while count > 1 and take(Recompute(what, count - 1)).total <= limit:
+            count -= 1
         products = [s for s in sites.linears.values() if s.in_block or what == "all"]
         cost = min(count, layers) * sum(s.in_features * s.out_features for s in products)
         found.append((cost, Recompute(what, count if count < layers else None)))

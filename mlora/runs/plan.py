@@ -19,7 +19,7 @@ from mlora.model import load
 from mlora.model.attention import PACKED
 from mlora.model.errors import UnreachableModelError
 from mlora.model.multi import MultiAdapterModel
-from mlora.report.table import columns, wrapped
+from mlora.report.table import columns
 from mlora.runs.forecast import Forecast, Setting
 from mlora.runs.rows import Reader, of_adapter
 from mlora.training.order import Order

@@ -111,7 +111,8 @@ def test_a_rehearsal_takes_what_the_step_takes(variant: str, family: str) -> Non
     for model.recompute in POLICIES:
         found = rehearsal.step(batch, model.recompute)
         assert_kept(found.activations, kept_bytes(model, batch), batch)
-        assert found.activations + found.rest == pytest.approx(peak_bytes(model, batch), rel=0.05)
+        measured = max(peak_bytes(model, batch) for _ in range(2))  # the profiler loses an event now and then
+        assert found.activations + found.rest == pytest.approx(measured, rel=0.05)
         totals.append(found.total)
     assert totals[0] > max(totals[1:]) and totals[2] == min(totals)
     parameters = sum(t.numel() for t in model.hf_model.parameters()), sum(map(model.num_parameters, batch))
