@@ -221,7 +221,8 @@ def test_feed_forward(tokens, hidden, inner, num_experts, k, rank, p, activation
             b = draw(num_experts, o, rank, scale=0.5 / rank**0.5).requires_grad_()
             pairs.append(None if name in without.split() else (a, b))
         routed = num_experts > 1
-        chosen, picked = draw(tokens, num_experts).softmax(-1).topk(k)
+        # as a router may return them, tokens side by side
+        chosen, picked = (t.T.contiguous().T for t in draw(tokens, num_experts).softmax(-1).topk(k))
         weights = chosen.detach().requires_grad_() if routed else torch.ones(tokens, 1, device=DEVICE)
         choices = (weights, picked) if routed else (None, None)
         update = ops.BlockUpdate(*pairs, num_experts, 1.5, p, *choices)

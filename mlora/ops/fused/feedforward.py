@@ -307,7 +307,10 @@ def _stacked(group: _Group, owned: Sequence[Own]) -> _Stacks:
         None if a is None or b is None else _Pair(a, b) for a, b in zip(columns[:6:2], columns[1:6:2], strict=True)
     )
     weights, experts = columns[6:]
-    choices = None if weights is None else Choices(joined(weights), joined(experts), group.form.rank, _count(group))
+    choices = None
+    if weights is not None:
+        weights, experts = joined(weights).contiguous(), joined(experts).contiguous()
+        choices = Choices(weights, experts, group.form.rank, _count(group))
     return _Stacks(gate, up, down, choices)
 
 
