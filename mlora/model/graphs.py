@@ -1,10 +1,9 @@
 """A whole forward and backward as one CUDA graph, launched once: a small model's thousands of kernels wait for Python.
 
-A graph knows shapes, not values, so a batch is brought to one of a few shapes first: every adapter gets the same number
-of tokens, sequences and targets, a size from a short list. What is missing is filled by one more sequence without
-targets behind the adapter's own, which no router loss counts and no other sequence sees. Lengths, targets, random keys
-and the weights of the losses are data. The first batch of a shape records its graph; later ones copy their data in and
-replay it.
+A graph knows shapes, not values, so a batch is brought to one of a few shapes first (`sizes.py`): every adapter gets the
+same number of tokens, sequences and targets. What is missing is filled by one more sequence without targets behind the
+adapter's own, which no router loss counts and no other sequence sees. Lengths, targets, random keys and the weights of the
+losses are data. The first batch of a shape records its graph; later ones copy their data in and replay it.
 
 Shapes: S adapters, n tokens, m sequences and t targets of each; T = S n packed tokens.
 """
@@ -12,6 +11,7 @@ Shapes: S adapters, n tokens, m sequences and t targets of each; T = S n packed 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,7 @@ from mlora.model.batch import IGNORED, Row, Span
 from mlora.model.head import check_classes
 from mlora.model.multi import MultiAdapterModel
 from mlora.model.scope import Flight
+from mlora.model.sizes import Size, Sizes, size_for
 
 log = logging.getLogger(__name__)
 
@@ -40,18 +41,6 @@ batch of many adapters that is not recorded waits for Python for much longer."""
 
 MOST = 64
 """Graphs of one training; beyond that batches differ too much to gain from them."""
-
-
-class Size(NamedTuple):
-    """What every adapter of a batch has.
-
-    Attributes:
-        tokens, sequences, targets: n, m and t.
-    """
-
-    tokens: int
-    sequences: int
-    targets: int
 
 
 class Weights(NamedTuple):
@@ -83,12 +72,6 @@ class Computed(NamedTuple):
 
     losses: Losses
     router_logits: Mapping[str, Tensor]
-
-
-def size_of(tokens: int) -> int:
-    """Return the next size from tokens on: eight steps to each power of two, so at most an eighth is filled up."""
-    step = max(8, 1 << max(0, tokens.bit_length() - 4))
-    return -(-tokens // step) * step
 
 
 @dataclass
@@ -124,14 +107,6 @@ class Inputs:
         """Take over another batch of the same shape."""
         for name, value in vars(self).items():
             value.copy_(getattr(other, name), non_blocking=True)
-
-
-def size_for(rows: Mapping[str, Sequence[Row]]) -> Size:
-    """Return a size that all adapters' rows fit into."""
-    tokens = max(sum(len(row.input_ids) for row in own) for own in rows.values())
-    targets = max(sum(label != IGNORED for row in own for label in row.labels[1:]) for own in rows.values())
-    # few numbers of targets, since sizes multiply; what they fill up costs only the output layer
-    return Size(size_of(tokens), max(map(len, rows.values())) + 1, 1 << (targets - 1).bit_length() if targets else 0)
 
 
 def prepare(
@@ -269,10 +244,11 @@ class Graphs:
 
     Args:
         model: on a CUDA device.
+        sizes: that batches are brought to; one that fits into none of them is brought to a near one.
     """
 
-    def __init__(self, model: MultiAdapterModel) -> None:
-        self.model = model
+    def __init__(self, model: MultiAdapterModel, sizes: Sizes | None = None) -> None:
+        self.model, self._sizes = model, sizes or {}
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._names: tuple[str, ...] = ()
@@ -320,6 +296,11 @@ class Graphs:
             and not any(model.adapters[name].counts_tokens for name in rows)
         )
 
+    def size_for(self, rows: Mapping[str, Sequence[Row]]) -> Size:
+        """Return the size that a batch is brought to."""
+        near = size_for(rows)
+        return next((size for size in self._sizes.get(frozenset(rows), ()) if size.holds(near)), near)
+
     def losses_and_gradients(
         self, rows: Mapping[str, Sequence[Row]], steps: Mapping[str | None, int], weights: Mapping[str, Weights]
     ) -> dict[str, Computed] | None:
@@ -338,7 +319,7 @@ class Graphs:
         if tuple(rows) != self._names:  # jobs end: what was recorded with them will not come again
             self.forget()
             self._names = tuple(rows)
-        size = size_for(rows)
+        size = self.size_for(rows)
         inputs = prepare(self.model, rows, steps, weights, size)
         adapters = tuple(self.model.adapter_module(name) for name in rows)
         key = (size, adapters, tuple(adapter.method for adapter in adapters), *self.model.modes)
@@ -373,6 +354,7 @@ class Graphs:
         self._pool = None
 
     def _record(self, names: list[str], size: Size, inputs: Inputs) -> _Recorded | None:
+        began = time.perf_counter()
         try:
             parameters = self._prepare(names, size, inputs)
             sums = [self._sums[parameter] for parameter in parameters]
@@ -382,7 +364,10 @@ class Graphs:
                 torch._foreach_add_(sums, gradients)
                 return computed
 
-            return _Recorded(*self._capture(run, inputs), parameters)
+            recorded = _Recorded(*self._capture(run, inputs), parameters)
+            seconds = time.perf_counter() - began
+            log.info("a step of %d adapters x %d tokens is recorded, in %.1f s", len(names), size.tokens, seconds)
+            return recorded
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever cannot be recorded can still be computed

@@ -26,10 +26,11 @@ from torch.utils.checkpoint import checkpoint
 
 from mlora import ops
 from mlora.model.batch import Batch, Row
-from mlora.model.graphs import Graphs, Weights, compute, prepare, size_for
+from mlora.model.graphs import Graphs, Weights, compute, prepare
 from mlora.model.inject import AdaptedBlock, AdaptedLinear
 from mlora.model.multi import MultiAdapterModel
 from mlora.model.recompute import Recompute
+from mlora.model.sizes import Sizes
 
 BLOCK_BYTES = 512
 """What torch's allocator rounds up to on a GPU."""
@@ -91,6 +92,7 @@ class Rehearsal:
         recompute: Recompute,
         optimizer_bytes: int = 0,
         accumulates: bool = False,
+        sizes: Sizes | None = None,
     ) -> Footprint:
         """Take a step and return its memory.
 
@@ -99,6 +101,7 @@ class Rehearsal:
             recompute: what backward computes again.
             optimizer_bytes: that the optimizers of all adapters keep.
             accumulates: whether gradients of an earlier micro-batch are there already.
+            sizes: that batches of the training are brought to where steps are recorded.
         """
         model, cuda = self.model, self.device == "cuda"
         model.recompute = recompute
@@ -106,14 +109,14 @@ class Rehearsal:
         count = _Count(BLOCK_BYTES if cuda else 1)
         base = count.add(chain(model.hf_model.parameters(), model.hf_model.buffers(), self._scales))
         adapters = count.add(model.adapter_modules.parameters())
-        graphs = Graphs(model)
+        graphs = Graphs(model, sizes)
         with self._mode, ops.standing_for(self.device), count:
             recorded = cuda and graphs.suits(rows)
             if recorded or accumulates:
                 lasting = [torch.empty_like(p) for p in trained]
                 adapters = count.now - base
             if recorded:
-                size = size_for(rows)
+                size = graphs.size_for(rows)
                 once = dict.fromkeys(rows, Weights(1.0, 1.0))
                 compute(model, list(rows), size, prepare(model, rows, dict.fromkeys(rows, 0), once, size))
             else:

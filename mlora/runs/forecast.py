@@ -7,14 +7,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from mlora.model.multi import MultiAdapterModel
 from mlora.model.recompute import Recompute, What
 from mlora.model.rehearsal import Footprint, Rehearsal
+from mlora.model.sizes import sizes_of
 from mlora.report.table import wrapped
 from mlora.training.job import optimizer_bytes
-from mlora.training.order import Order, heaviest
+from mlora.training.order import Order, forwards, heaviest
+from mlora.training.trainer import LOOKED_AT
 
 USABLE = 0.93
 """Share of the free memory that a choice may fill: allocators leave gaps, libraries take a little for themselves."""
@@ -133,9 +136,12 @@ def forecast(
     kept = sum(optimizer_bytes(o.config, model.num_parameters(o.config.name)) for o in orders)
     accumulates = any(o.config.micro_batch_size < min(o.config.batch_size, len(o.samples)) for o in orders)
 
+    ahead = islice(forwards(orders, simultaneously), LOOKED_AT) if rehearsal.device == "cuda" else ()
+    sizes = sizes_of(ahead, model.num_parameters(None))
+
     @cache
     def take(chosen: Recompute) -> Footprint:
-        return rehearsal.step(rows, chosen, kept, accumulates)
+        return rehearsal.step(rows, chosen, kept, accumulates, sizes)
 
     chosen = _least(take, model.sites, USABLE * free) if recompute is None else Recompute(recompute)
     found = Forecast(take(chosen), chosen, rehearsal.device, free)

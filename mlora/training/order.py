@@ -41,19 +41,17 @@ class Order:
         samples = [self.samples[i] for i in chosen]
         return [Row(s.input_ids, s.labels, name, index, s.class_id) for index, s in enumerate(samples)]
 
-    @property
-    def forwards(self) -> int:
-        """How many micro-batches there are in all."""
-        size, micro = self.config.batch_size, self.config.micro_batch_size
-        full, rest = divmod(len(self.samples), size)
-        return self.config.num_epochs * (full * math.ceil(size / micro) + math.ceil(rest / micro))
+    def forwards(self, size: int) -> int:
+        """Return how many micro-batches of so many rows there are in all."""
+        full, rest = divmod(len(self.samples), self.config.batch_size)
+        return self.config.num_epochs * (full * math.ceil(self.config.batch_size / size) + math.ceil(rest / size))
 
-    def micro_batches(self) -> Iterator[list[Row]]:
-        """Yield the rows of every forward."""
+    def micro_batches(self, size: int) -> Iterator[list[Row]]:
+        """Yield the rows of every forward of so many rows."""
         for step in range(self.total_steps):
             rows = self.rows_of(step)
-            for start in range(0, len(rows), self.config.micro_batch_size):
-                yield rows[start : start + self.config.micro_batch_size]
+            for start in range(0, len(rows), size):
+                yield rows[start : start + size]
 
 
 def heaviest(orders: Sequence[Order], simultaneously: int | None) -> dict[str, list[Row]]:
@@ -64,17 +62,28 @@ def heaviest(orders: Sequence[Order], simultaneously: int | None) -> dict[str, l
         simultaneously: adapters in one forward; None for all.
     """
     most, found = 0, dict[str, list[Row]]()
-    for rows in islice(_forwards(orders, simultaneously or len(orders)), LOOKED_AT):
+    for rows in islice(forwards(orders, simultaneously), LOOKED_AT):
         tokens = sum(len(row.input_ids) for own in rows.values() for row in own)
         if tokens > most:
             most, found = tokens, rows
     return found
 
 
-def _forwards(orders: Sequence[Order], together: int) -> Iterator[dict[str, list[Row]]]:
-    """Yield the rows of every forward of a training; a job that ends makes room for the next."""
-    jobs = [(order.config.name, order.micro_batches(), order.forwards) for order in orders]
-    while active := jobs[:together]:
+def forwards(
+    orders: Sequence[Order], simultaneously: int | None, sizes: Sequence[int] | None = None
+) -> Iterator[dict[str, list[Row]]]:
+    """Yield the rows of every forward of a training, by adapter.
+
+    Args:
+        orders: of all jobs, in the order in which they come in; one that ends makes room for the next.
+        simultaneously: adapters in one forward; None for all.
+        sizes: rows of each in a forward; None for each config's `micro_batch_size`.
+    """
+    sizes = sizes or [order.config.micro_batch_size for order in orders]
+    jobs = [
+        (order.config.name, order.micro_batches(size), order.forwards(size))
+        for order, size in zip(orders, sizes, strict=True)
+    ]
+    while active := jobs[: simultaneously or len(orders)]:
         yield {name: next(rows) for name, rows, _ in active}
-        active = [(name, rows, left - 1) for name, rows, left in active if left > 1]
-        jobs = [*active, *jobs[together:]]
+        jobs = [*((name, rows, left - 1) for name, rows, left in active if left > 1), *jobs[len(active) :]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 
@@ -17,10 +17,15 @@ from mlora.model.batch import Batch, Row
 from mlora.model.graphs import Graphs
 from mlora.model.memory import peak_bytes, ran_out
 from mlora.model.multi import MultiAdapterModel
+from mlora.model.sizes import sizes_of
 from mlora.parallel import ALONE, Ranks, places
 from mlora.training.job import Job
+from mlora.training.order import forwards
 
 log = logging.getLogger(__name__)
+
+LOOKED_AT = 10_000
+"""Forwards of a training that decide to which sizes its batches are brought."""
 
 
 def train(
@@ -46,9 +51,11 @@ def train(
     Raises:
         torch.OutOfMemoryError: a single row does not fit.
     """
-    graphs = graphs_for(model)
     started = dict[str, float]()
     together = simultaneously or len(jobs)
+    graphs = graphs_for(model, jobs, together, ranks)
+    if graphs is not None:
+        log.info("steps run %s", f"without CUDA graphs: {graphs.obstacle}" if graphs.obstacle else "as CUDA graphs")
     while active := [job for job in jobs if not job.done][:together]:
         now = time.perf_counter()
         for job in active:
@@ -59,6 +66,7 @@ def train(
             if graphs is not None:
                 graphs.forget()
             together = _relieve(active)
+            graphs = graphs_for(model, jobs, together, ranks)
             continue
         sum_gradients([job for job in active if job.ends_step], ranks)
         stepped = [job for job, own in zip(active, losses, strict=True) if job.advance(own)]
@@ -70,13 +78,13 @@ def train(
     model.eval()
 
 
-def graphs_for(model: MultiAdapterModel) -> Graphs | None:
-    """Return what records steps; None where nothing waits for the device."""
+def graphs_for(model: MultiAdapterModel, jobs: Sequence[Job], together: int, ranks: Ranks) -> Graphs | None:
+    """Return what records steps of these jobs; None where nothing waits for the device."""
     if model.device.type != "cuda":
         return None
-    graphs = Graphs(model)
-    log.info("steps run %s", f"without CUDA graphs: {graphs.obstacle}" if graphs.obstacle else "as CUDA graphs")
-    return graphs
+    ahead = forwards([job.order for job in jobs], together, [job.micro_batch_size * ranks.count for job in jobs])
+    own = filter(None, (_own(rows, ranks) for rows in islice(ahead, LOOKED_AT)))
+    return Graphs(model, sizes_of(own, model.num_parameters(None)))
 
 
 def sum_gradients(jobs: Sequence[Job], ranks: Ranks) -> None:

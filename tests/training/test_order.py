@@ -38,7 +38,7 @@ def test_the_heaviest_forward_is_the_one_of_a_training(together: int | None, mon
 
     monkeypatch.setattr(MultiAdapterModel, "forward", note)
     jobs = [Job(config, own, model, seed=5) for config, own in zip(CONFIGS, rows, strict=True)]
-    assert [job.order.forwards for job in jobs] == [2 * (3 + 3 + 1), 2 + 2 + 1, 3 * 3]
+    assert [job.order.forwards(job.micro_batch_size) for job in jobs] == [2 * (3 + 3 + 1), 2 + 2 + 1, 3 * 3]
     train(model, jobs, together, lambda stepped: False)
     heaviest_seen = max(seen, key=lambda lengths: sum(map(sum, lengths.values())))
     assert {name: tuple(len(r.input_ids) for r in own) for name, own in expected.items()} == heaviest_seen
