@@ -142,7 +142,7 @@ def test_bad_input_is_exit_2(
     ],
 )
 def test_the_ready_configs_are_what_is_reproduced(base: Path, file: str, flags: dict) -> None:
-    own = Reproduction(str(base), seeds="42", **flags)._jobs()
+    own = Reproduction(str(base), seeds="42", **flags).jobs()
     ready = load_config(str(ROOT / "configs" / f"{file}.json"))
     given = {"name", "data", "seed", "limit", "eval_limit", "protocol"}
     expected, found = (

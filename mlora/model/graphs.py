@@ -1,9 +1,9 @@
 """A whole forward and backward as one CUDA graph, launched once: a small model's thousands of kernels wait for Python.
 
-A graph knows shapes, not values, so a batch is brought to one of a few shapes first (`sizes.py`): every adapter gets the
-same number of tokens, sequences and targets. What is missing is filled by one more sequence without targets behind the
-adapter's own, which no router loss counts and no other sequence sees. Lengths, targets, random keys and the weights of the
-losses are data. The first batch of a shape records its graph; later ones copy their data in and replay it.
+A graph knows shapes, not values, so a batch is brought to one of a few sizes first (`sizes.py`): every adapter gets as
+many tokens, sequences and targets as any other. What is missing is filled by one more sequence without targets behind
+the adapter's own, which no router loss counts and no other sequence sees. Lengths, targets, random keys and the
+weights of the losses are data. The first batch of a size records its graph; later ones copy their data in and replay.
 
 Shapes: S adapters, n tokens, m sequences and t targets of each; T = S n packed tokens.
 """

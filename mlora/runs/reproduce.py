@@ -117,7 +117,7 @@ class Reproduction:
             Paused: the time is up; the same command goes on.
         """
         deadline, place = Deadline(self.time_limit), Path(self.dir)
-        jobs = self._jobs()
+        jobs = self.jobs()
         grid: dict[str, Any] = {"base_model": self.base_model, "dtype": self.dtype, "quantize": self.quantize}
         grid |= {"cutoff_len": self.cutoff_len, "lora": resolved(jobs)["lora"]}
         sizes = self._sizes(jobs)
@@ -143,7 +143,12 @@ class Reproduction:
 
     # -- the grid --------------------------------------------------------------------------------------------------
 
-    def _jobs(self) -> RunConfig:
+    def jobs(self) -> RunConfig:
+        """Return the config of all adapters of the grid.
+
+        Raises:
+            ConfigError: a flag names what there is not.
+        """
         names, seeds = _listed("--tasks", self.tasks), _listed("--seeds", self.seeds)
         protocols: list[Any] = [None] if self.protocols is None else _listed("--protocols", self.protocols)
         self._check(names, seeds, protocols)
