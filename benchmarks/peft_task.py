@@ -41,6 +41,7 @@ def build(base_model: str, job: JobConfig, device: str, dtype: torch.dtype) -> t
     config.num_labels, config.pad_token_id, config.use_cache = job.num_labels, 0, False
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
     setattr(model, model.base_model_prefix, causal.base_model)
+    model.score.float()  # as adapters are
     settings = {"r": job.method.r, "lora_alpha": job.method.lora_alpha, "lora_dropout": job.method.lora_dropout}
     lora = peft.LoraConfig(**settings, target_modules=LINEARS, task_type="SEQ_CLS")
     return tokenizer, peft.get_peft_model(model, lora).to(device).train()
