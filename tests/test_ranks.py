@@ -204,22 +204,12 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("ending", "count"), [("kill", 2), ("kill", 1), ("stop", 2)])
-def test_a_rank_that_is_killed_ends_the_run_and_it_resumes(
-    here: Path,
-    base: Path,  # noqa: F811
-    one: Path,
-    ending: str,
-    count: int,
-) -> None:
-    """A killed rank ends all; a signal to the launcher stops all at a checkpoint. One process may go on alone."""
-    write_config(*ADAPTERS, save_step=3)
-    command = [sys.executable, str(ROOT / "launch.py"), "run", "--base_model", str(base), "--dir", "out"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen([*command, "--num_processes", "2"], stderr=subprocess.PIPE, text=True, env=environment)
+def ended(*flags: object, ending: str) -> tuple[subprocess.Popen, str]:
+    """Start a run of two ranks, kill the second of them or tell the launcher to stop; return it and what it said."""
+    command = [sys.executable, str(ROOT / "launch.py"), "run", *map(str, flags)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        while not begun(here / "out", 20):
+        while not begun(Path("out"), 20):
             assert run.poll() is None
             time.sleep(0.01)
         (program,) = children(run.pid)
@@ -232,6 +222,21 @@ def test_a_rank_that_is_killed_ends_the_run_and_it_resumes(
     finally:
         run.kill()
     assert time.monotonic() - started < 20 and "Traceback" not in said
+    return run, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ending", "count"), [("kill", 2), ("kill", 1), ("stop", 2)])
+def test_a_rank_that_is_killed_ends_the_run_and_it_resumes(
+    here: Path,
+    base: Path,  # noqa: F811
+    one: Path,
+    ending: str,
+    count: int,
+) -> None:
+    """A killed rank ends all; a signal to the launcher stops all at a checkpoint. One process may go on alone."""
+    write_config(*ADAPTERS, save_step=3)
+    run, said = ended("--base_model", base, "--dir", "out", "--num_processes", 2, ending=ending)
     if ending == "kill":
         assert run.returncode == 1 and "rank 1 of 2 processes was ended by SIGKILL" in said and "--resume" in said
     else:
@@ -240,6 +245,24 @@ def test_a_rank_that_is_killed_ends_the_run_and_it_resumes(
     again = launch("run", "--base_model", base, "--dir", "out", "--num_processes", count, "--resume")
     assert again.returncode == 0, again.stderr
     assert_same(one, here / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_rank_that_is_killed_on_a_gpu_ends_the_run_and_it_resumes(here: Path, tmp_path: Path) -> None:
+    large = tinybase.save(tmp_path / "large", hidden_size=256, intermediate_size=512)
+    write_config(*ADAPTERS, save_step=3)
+    flags = ["--base_model", large, "--dtype", "fp32", "--num_gpus", 2]
+    run, said = ended(*flags, "--dir", "out", ending="kill")
+    assert run.returncode == 1 and "rank 1 of 2 processes was ended by SIGKILL" in said and "--resume" in said
+    for more in (["--dir", "out", "--resume"], ["--dir", "straight"]):
+        done = launch("run", *flags, *more)
+        assert done.returncode == 0, done.stderr
+    straight, resumed = measured(here / "straight"), measured(here / "out")
+    assert straight.keys() == resumed.keys()
+    for key, values in straight.items():
+        if key[1] in ("loss", "eval_loss", "num_tokens"):
+            assert resumed[key] == pytest.approx(values, rel=1e-4), key
 
 
 # -- without other processes -------------------------------------------------------------------------------------------
