@@ -217,7 +217,7 @@ class _ExpertLayer:
         update = self.expand(ops.select_expert(codes, expert), frozen)
         if not self.config.use_dora:
             return frozen + update
-        return ops.rescale(frozen, update, self._dora_factor(self.p)[expert], self.site.bias)
+        return ops.rescale(frozen, update, ops.of_expert(self._dora_factor(self.p), expert), self.site.bias)
 
     def _dora_factor(self, p: Tensors) -> Tensor:
         """Return m / n of every expert [E, O], computed once for all choices."""

@@ -669,13 +669,31 @@ class MultiAdapterModel(nn.Module):
             alone = [self.hf_model(torch.tensor([row], device=self.device), use_cache=False).logits[0] for row in ids]
         finally:
             self.hf_model.set_attn_implementation(kept)
-        expected = torch.cat(alone).float()
         exact = self.hf_model.dtype == torch.float32 and not getattr(self.hf_model, "is_quantized", False)
+        expected = torch.cat(alone).float()
         tolerance = (1e-4 if exact else 6e-2) * float(expected.abs().max())
-        if (alone[0][:5] - alone[2]).abs().max() > tolerance:
+
+        def alike(found: Tensor, wanted: Tensor) -> bool:
+            apart = float((found - wanted).abs().max())
+            return apart <= tolerance or (not exact and apart <= 3 * self._rounding(ids[0], alone[0]))
+
+        if not alike(alone[2], alone[0][:5]):
             family = type(self.hf_model).__name__
             raise ModelError(f"{family} is no causal language model: its tokens see those that follow them")
-        return bool((together - expected).abs().max() <= tolerance)
+        return alike(together, expected)
+
+    def _rounding(self, ids: list[int], eager: Tensor) -> float:
+        """Return by how much a sequence's logits differ from those that eager attention gives it.
+
+        The arithmetic is the same and only rounded elsewhere, which deep and wide models in bf16 make much of.
+        """
+        kept = self.hf_model.config._attn_implementation
+        try:
+            self.hf_model.set_attn_implementation("sdpa")
+            again = self.hf_model(torch.tensor([ids], device=self.device), use_cache=False).logits[0]
+        finally:
+            self.hf_model.set_attn_implementation(kept)
+        return float((again - eager).abs().max())
 
     def _run(self, flight: Flight, batch: Batch, positions: Tensor | None) -> Tensor:
         """Return logits [N, V] at positions [N] of the packed tokens, or at all."""

@@ -16,6 +16,7 @@ _HOME = {
         "expand",
         "reduce",
         "rescale",
+        "of_expert",
         "select_expert",
     ),
     "pissa": ("principal_directions",),

@@ -108,3 +108,12 @@ def select_expert(codes: Tensor, experts: Tensor) -> Tensor:
     """
     chosen = experts[:, None] == torch.arange(codes.shape[1], device=codes.device)
     return torch.where(chosen[..., None], codes, 0)
+
+
+def of_expert(values: Tensor, experts: Tensor) -> Tensor:
+    """Return values[experts], [n, O] from values [E, O] and experts [n].
+
+    As a product: the gradient of an index adds up the rows of thousands of tokens one by one.
+    """
+    chosen = experts[:, None] == torch.arange(len(values), device=values.device)
+    return chosen.to(values.dtype) @ values

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlora import Batch, MultiAdapterModel
 from mlora.adapters import METHODS
@@ -173,6 +174,22 @@ def test_a_leak_between_packed_sequences_is_noticed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(model, "_inputs", lambda batch: own(batch) | {"input_ids": own(batch)["input_ids"].roll(1)})
     with pytest.raises(ModelError, match="LlamaForCausalLM cannot train several sequences at once: the logits of"):
         model.check_packing()
+
+
+def test_a_leak_is_told_from_the_rounding_of_a_deep_model_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits move by a tenth when attention is rounded elsewhere, and by as much as they are when it leaks."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=60, num_attention_heads=4, vocab_size=500,
+        initializer_range=0.25,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = LlamaForCausalLM._from_config(config, attn_implementation=attention.PACKED, dtype=torch.bfloat16)
+    model = MultiAdapterModel(base.requires_grad_(False).eval(), load.Origin("deep", "deep"))
+    model.check_packing()
+    assert model.hf_model.config._attn_implementation == attention.PACKED
+    own = model._inputs
+    monkeypatch.setattr(model, "_inputs", lambda batch: own(batch) | {"packed_lengths": (sum(batch.lengths),)})
+    assert not model._keeps_apart()
 
 
 @pytest.mark.parametrize(

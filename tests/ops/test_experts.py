@@ -91,3 +91,12 @@ def test_mixture_dropout_is_per_expert_and_repeatable() -> None:
     one, two = (drive(method, router, experts, x, block, Segment("a", 0, N, keys)) for _ in range(2))
     still = drive(method, router, experts, x, block, Segment("a", 0, N))
     assert torch.equal(one, two) and not torch.allclose(one, still)
+
+
+def test_values_of_each_tokens_expert_and_their_gradients_are_those_of_an_index() -> None:
+    values, experts = torch.randn(3, 5, requires_grad=True), torch.tensor([2, 0, 2, 2])
+    outer = torch.randn(4, 5)
+    found, expected = ops.of_expert(values, experts), values[experts]
+    assert torch.equal(found, expected)
+    one, other = (torch.autograd.grad((out * outer).sum(), values)[0] for out in (found, expected))
+    assert torch.allclose(one, other)
