@@ -73,6 +73,15 @@ def test_the_whole_grid_and_its_table(base: Path, here: Path, capsys: pytest.Cap
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("limit", "said"), [(30, None), (16, 16), (5, 5)])
+def test_a_limit_that_takes_away_no_row_limits_nothing(base: Path, here: Path, limit: int, said: int | None) -> None:
+    assert run(base, tasks="piqa", methods="lora", seeds="1", train_limit=limit) == 0
+    results = json.loads(Path("runs/reproduce/results.json").read_text())
+    assert {(r["n"], r["limit"]) for r in results} == {(min(limit, 16), said)}
+    words = " ".join(Path("runs/reproduce/table.txt").read_text().split())
+    assert (f"{limit} of test" in words) == (said is not None)
+
+
 def test_slices_and_a_kill_end_where_one_piece_ends(base: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = {"multi_task": True, "tasks": "boolq,piqa", "num_epochs": 3, "batch_size": 8}
     started = time.monotonic()

@@ -29,7 +29,7 @@ class Result:
         value: a share between 0 and 1; a Matthews correlation between -1 and 1.
         standard_error: of the value; None for a single row, and where the metric is undefined.
         n: rows.
-        limit: rows that the evaluation was limited to; None where it was not.
+        limit: rows that the evaluation was limited to; None where it was not, or there are fewer.
         date: ISO 8601, UTC.
         chance: the value of whoever guesses; None where the metric has none.
         conditions: what else the value depends on; results are comparable where these are equal.
@@ -211,6 +211,8 @@ def _results(
     examination: Examination, questions: QuestionSet, predictions: Sequence[Prediction], under: Conditions
 ) -> list[Result]:
     task, date = questions.task, datetime.now(UTC).isoformat(timespec="seconds")
+    fewer = examination.on_bad_row == "error" and len(questions.encoded) != examination.limit
+    limit = None if fewer else examination.limit
     results = []
     for metric in task.metrics:
         score = METRICS[metric]([prediction.answer(metric) for prediction in predictions], questions.answers)
@@ -224,7 +226,7 @@ def _results(
                 value=score.value,
                 standard_error=score.stderr,
                 n=score.n,
-                limit=examination.limit,
+                limit=limit,
                 date=date,
                 chance=questions.chance(metric),
                 conditions=under,

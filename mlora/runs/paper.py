@@ -43,7 +43,8 @@ def paper_tables(
     tables = []
     for protocol in dict.fromkeys(r["protocol"] for r in ordered):
         own = [r for r in ordered if r["protocol"] == protocol]
-        tables.append(_table(protocol, Grid(own, places), jobs, base_model))
+        tested = max((r.get("limit") or 0 for r in own), default=0)
+        tables.append(_table(protocol, Grid(own, places), jobs, base_model, tested))
     return tables
 
 
@@ -52,7 +53,7 @@ def _label(job: JobConfig, methods: Sequence[str]) -> str:
     return LABELS.get(method, method)
 
 
-def _table(protocol: str, grid: Grid, jobs: RunConfig, base_model: str) -> str:
+def _table(protocol: str, grid: Grid, jobs: RunConfig, base_model: str, tested: int) -> str:
     multi_task, first = ";" in jobs.lora[0].task_name, jobs.lora[0]
     kind = "one adapter for all tasks" if multi_task else "one adapter for each task"
     rows, notes = grid.rows(), list(grid.notes)
@@ -60,9 +61,9 @@ def _table(protocol: str, grid: Grid, jobs: RunConfig, base_model: str) -> str:
     if published:
         rows += published
         notes.append(f"(paper): published for {PAPER_BASE}, https://arxiv.org/abs/2404.15159; another base model")
-    if first.eval_limit or first.limit:
-        read = f"{first.limit or 'all'} of train, {first.eval_limit or first.limit} of test"
-        notes.append(f"only the first rows are read, {read}: not comparable with published results")
+    read = [f"{rows} of {split}" for rows, split in ((first.limit, "train"), (tested, "test")) if rows]
+    if read:
+        notes.append(f"only the first rows are read, {', '.join(read)}: not comparable with published results")
     table = columns(grid.header("method", "trainable"), rows)
     return "\n".join([wrapped(f"{base_model}, {kind}; protocol: {protocol}"), table, *map(wrapped, notes)])
 
