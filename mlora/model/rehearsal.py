@@ -2,7 +2,9 @@
 
 The step is the real one, with its segments, kernels' buffers, recomputed layers and loss in chunks; only the arithmetic
 is left out. Every storage is counted from the operation that makes it to the moment when nothing refers to it. So
-nothing is estimated that the code itself decides, and what changes there changes here.
+nothing is estimated that the code itself decides, and what changes there changes here. Of decoder layers that are all
+alike, three take the step: what the third adds to two, each further one adds; the first is not like the others, since
+its input needs no gradient.
 
 Not seen is what libraries take inside one operation, for the length of it. What torch's compiler would make of norms
 is said by a rule: a compiled one keeps what it reads and computes the rest again, as its partitioner decides.
@@ -11,9 +13,10 @@ is said by a rule: a compiled one keeps what it reads and computes the rest agai
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +77,7 @@ class Rehearsal:
     ) -> None:
         self.model, self.device = model, device
         self._mode = FakeTensorMode()
+        self._taken: dict[Any, tuple[_Situation, _Taken]] = {}
         _replace_tensors(model, self._mode)
         self._scales: list[Tensor] = []
         if quantization is not None:
@@ -85,6 +89,7 @@ class Rehearsal:
         with self._mode, ops.standing_for(device):
             model.outputs_plainly = _passes_outputs_on(model.hf_model)
         model.train()
+        self._frozen = [*model.hf_model.parameters(), *model.hf_model.buffers()]
 
     def step(
         self,
@@ -103,11 +108,45 @@ class Rehearsal:
             accumulates: whether gradients of an earlier micro-batch are there already.
             sizes: that batches of the training are brought to where steps are recorded.
         """
+        begun = _Situation(rows, accumulates, sizes or {})
+        layers = len(self.model.sites.layers)
+        if layers < 5 or not self._layers_are_alike:
+            taken = self._take(begun, layers, recompute)
+            return Footprint(taken.base, taken.adapters + optimizer_bytes, taken.kept, taken.rest)
+
+        def take(count: int, again: int | None) -> _Taken:
+            return self._take(begun, count, Recompute("none") if again == 0 else Recompute(recompute.what, again))
+
+        again = 0 if recompute.what == "none" else min(layers, recompute.layers or layers)
+        near, more = take(3, 0), 0  # three layers, and what the others keep
+        if again == layers:
+            near = take(3, None)
+            more = (layers - 3) * (near.kept - take(2, None).kept)
+        else:
+            each = near.kept - take(2, 0).kept
+            near = take(3, min(again, 2))
+            more = (layers - 3) * each
+            if again > 2:
+                more += (again - 2) * (near.kept - take(2, 1).kept - each)
+        # at the end of the backward gradients of all layers are there, and what these have kept is not
+        peak = near.kept + near.rest + max(more, near.fresh)
+        return Footprint(near.base, near.adapters + optimizer_bytes, near.kept + more, peak - near.kept - more)
+
+    def _take(self, begun: _Situation, layers: int, recompute: Recompute) -> _Taken:
+        """Take a step of the first layers alone, or return what it took."""
+        key = begun.key, layers, recompute
+        if key not in self._taken:
+            with _first(self.model.sites.layers, self.model.hf_model, layers):
+                self._taken[key] = begun, self._measure(begun, layers, recompute)
+        return self._taken[key][1]
+
+    def _measure(self, begun: _Situation, layers: int, recompute: Recompute) -> _Taken:
+        rows, accumulates, sizes = begun
         model, cuda = self.model, self.device == "cuda"
         model.recompute = recompute
         trained = [p for name in rows for _, p in model.adapter_parameters(name)]
         count = _Count(BLOCK_BYTES if cuda else 1)
-        base = count.add(chain(model.hf_model.parameters(), model.hf_model.buffers(), self._scales))
+        base = count.add(chain(self._frozen, self._scales))
         adapters = count.add(model.adapter_modules.parameters())
         graphs = Graphs(model, sizes)
         with self._mode, ops.standing_for(self.device), count:
@@ -128,7 +167,68 @@ class Rehearsal:
             parameter.grad = None
         kept = count.kept - base - adapters
         rest = count.peak - count.kept + (WORKSPACE_BYTES if cuda else 0)
-        return Footprint(base, adapters + optimizer_bytes, kept, rest)
+        left_out = 0 if accumulates and not recorded else self._bytes_above(rows, layers)
+        return _Taken(base, adapters, kept, rest, left_out)
+
+    def _bytes_above(self, rows: Mapping[str, Sequence[Row]], layers: int) -> int:
+        """Return the bytes of what is trained in the layers from this number on."""
+        adapters = [self.model.adapter_module(name) for name in rows]
+        above = ((a, path) for a in adapters for path, layer in a.layers.items() if layer >= layers)
+        return sum(p.nbytes for a, path in above for p in a.tensors[path].values() if p.requires_grad)
+
+    @cached_property
+    def _layers_are_alike(self) -> bool:
+        """Whether each of the decoder layers takes what any other does."""
+        layers, config = self.model.sites.layers, self.model.hf_model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or [None] * len(layers)
+        trained: list[set[Any]] = [set() for _ in layers]
+        for name in self.model.adapters:
+            adapter = self.model.adapter_module(name)
+            for path, number in adapter.layers.items():
+                inside = path.partition(f".{number}.")[2]
+                trained[number].update((name, inside, own, p.shape) for own, p in adapter.tensors[path].items())
+        forms = [
+            (type(layer), kind, own, [(name, p.shape, p.dtype) for name, p in layer.named_parameters()])
+            for layer, kind, own in zip(layers, kinds, trained, strict=True)
+        ]
+        return all(form == forms[0] for form in forms)
+
+
+class _Situation(NamedTuple):
+    rows: Mapping[str, Sequence[Row]]
+    accumulates: bool
+    sizes: Sizes
+
+    @property
+    def key(self) -> tuple[int, bool, int]:
+        """What tells it from others while it lives."""
+        return id(self.rows), self.accumulates, id(self.sizes)
+
+
+class _Taken(NamedTuple):
+    """Bytes of a step of some layers, by the parts of `Footprint`.
+
+    Attributes:
+        fresh: gradients that the backward of the layers left out would make.
+    """
+
+    base: int
+    adapters: int
+    kept: int
+    rest: int
+    fresh: int
+
+
+@contextmanager
+def _first(layers: Sequence[nn.Module], model: nn.Module, count: int) -> Iterator[None]:
+    """Leave only the first decoder layers in a model, within the block."""
+    holder = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and list(m) == list(layers))
+    every = holder._modules
+    holder._modules = dict(islice(every.items(), count))
+    try:
+        yield
+    finally:
+        holder._modules = every
 
 
 class _Count(TorchDispatchMode):

@@ -47,9 +47,9 @@ def real(variant: str, family: str) -> MultiAdapterModel:
     return with_adapters(model, variant)
 
 
-def shapes(variant: str, family: str) -> MultiAdapterModel:
+def shapes(variant: str, family: str, layers: int = 3) -> MultiAdapterModel:
     with torch.device("meta"):
-        base = tiny(family, 3, **SETTINGS)
+        base = tiny(family, layers, **SETTINGS)
         return with_adapters(MultiAdapterModel(base, Origin("tiny", "tiny")), variant)
 
 
@@ -134,6 +134,32 @@ def test_kernels_keep_what_a_rehearsal_says(variant: str, family: str, monkeypat
         with unlaunched():
             found = rehearsal.step(batch, model.recompute)
         assert_kept(found.activations, kept_bytes(model, batch), batch)
+
+
+@pytest.mark.parametrize("lengths", [(32, 27), (3,)], ids=["activations", "gradients"])
+@pytest.mark.parametrize(("device", "accumulates"), [("cpu", True), ("cpu", False), ("cuda", False)])
+def test_three_layers_tell_what_six_take(
+    device: str, accumulates: bool, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where activations are most, and where gradients are, which backward has all of only at its end."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    batch, rehearsal = rows(lengths), Rehearsal(shapes("lora", "llama", 6), device)
+    policies = [Recompute(), Recompute("middle", 3), Recompute("all"), Recompute("all", 1)]
+    told = [rehearsal.step(batch, policy, 1000, accumulates) for policy in policies]
+    rehearsal._layers_are_alike = False
+    for policy, found in zip(policies, told, strict=True):
+        expected = rehearsal.step(batch, policy, 1000, accumulates)
+        assert found[:2] == expected[:2], policy
+        assert found.activations == pytest.approx(expected.activations, rel=0.02), policy
+        assert found.total == pytest.approx(expected.total, rel=0.02), policy
+
+
+def test_layers_that_are_not_alike_all_take_the_step() -> None:
+    assert Rehearsal(shapes("mixlora", "llama", 5), "cpu")._layers_are_alike
+    assert not Rehearsal(shapes("mixlora", "gemma2", 5), "cpu")._layers_are_alike  # some have a window
+    model = shapes("mixlora", "llama", 5)
+    model.add_adapter("z", METHODS["lora"](r=2, target_modules=("layers.4.self_attn.q_proj",)))
+    assert not Rehearsal(model, "cpu")._layers_are_alike
 
 
 def test_gradients_that_are_there_already_are_counted() -> None:
