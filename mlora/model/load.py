@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,10 +106,22 @@ def _with_window(origin: Origin, config: PreTrainedConfig) -> PreTrainedConfig:
 
 def read_config(origin: Origin) -> PreTrainedConfig:
     """Read the base model's config without its weights, as it was written."""
+    if origin.gguf is None:
+        return _read_config(origin)
+    # seconds each, since its tokens are read along with it, and a run asks several times
+    return copy.deepcopy(_config_of_gguf(origin, os.stat(Path(origin.folder, origin.gguf)).st_mtime_ns))
+
+
+def _read_config(origin: Origin) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     with _explained(origin):
         return AutoConfig.from_pretrained(origin.folder, **origin.keywords)
+
+
+@lru_cache(maxsize=1)
+def _config_of_gguf(origin: Origin, written: int) -> PreTrainedConfig:
+    return _read_config(origin)
 
 
 def load_config(origin: Origin, sliding_window: bool = False) -> PreTrainedConfig:

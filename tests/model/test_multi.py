@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import pickle
 import shutil
 import weakref
@@ -525,3 +526,17 @@ def test_names_that_stand_in_two_places_are_saved_with_what_tells_them_apart(met
         model.load_adapter(tmp_path / group, f"{group}-again")
         again = model.adapter_tensors(f"{group}-again")
         assert all(torch.equal(tensor, again[name]) for name, tensor in model.adapter_tensors(group).items())
+
+
+def test_a_gguf_s_config_is_read_once_and_again_where_the_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[load.Origin] = []
+    monkeypatch.setattr(load, "_read_config", lambda origin: reads.append(origin) or LlamaConfig())
+    (tmp_path / "m.gguf").write_bytes(b"")
+    origin = load.find(str(tmp_path / "m.gguf"))
+    load.read_config(origin).num_hidden_layers = 1
+    assert load.read_config(origin).num_hidden_layers == LlamaConfig().num_hidden_layers and len(reads) == 1
+    os.utime(tmp_path / "m.gguf", ns=(1, 1))
+    load.read_config(origin)
+    assert len(reads) == 2
