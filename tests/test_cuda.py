@@ -173,7 +173,9 @@ def test_running_out_of_memory_on_the_gpu_ends_as_ever(base: Path) -> None:
         draw = random.Random(0)
         rows = [tuple(draw.randrange(3, 200) for _ in range(512)) for _ in range(64)]
         samples = [Sample(row, row, "t") for row in rows]
-        job = Job(JobConfig(name="a", method=model.adapters["a"], batch_size=64, num_epochs=2), samples, model, 0)
+        # AdamW would make whole steps of gradients that are nothing but rounding
+        settings = {"batch_size": 64, "num_epochs": 2, "optim": "sgd", "lr": 10.0}
+        job = Job(JobConfig(name="a", method=model.adapters["a"], **settings), samples, model, 0)
         torch.cuda.empty_cache()
         if scarce:
             total = torch.cuda.get_device_properties(0).total_memory
@@ -185,4 +187,5 @@ def test_running_out_of_memory_on_the_gpu_ends_as_ever(base: Path) -> None:
         assert (job.micro_batch_size < 64) == scarce
         ends.append({key: tensor.cpu() for key, tensor in model.adapter_tensors("a").items()})
     for key, tensor in ends[0].items():
-        assert (tensor - ends[1][key]).abs().max() <= 1e-4 * max(tensor.abs().max(), 1e-3), key
+        apart = float((tensor - ends[1][key]).abs().max()) / max(float(tensor.abs().max()), 1e-3)
+        assert apart <= 1e-4, f"{key}: {apart:.1e}"
