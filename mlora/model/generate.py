@@ -287,7 +287,7 @@ def _batch(
         seeds = [row.seed + copy for row in rows for copy in range(copies)]
         settings = _drawn_by_row(model, settings, _Draw(seeds, model.device))
     watch = StoppingCriteriaList([_Watch(rows, copies, beams > 1, cancelled), *settings.pop("stopping_criteria", ())])
-    with model.scope.use(flight):
+    with model.scope.use(flight), model.scope.keeping():
         out = model.hf_model.generate(
             input_ids=ids,
             attention_mask=mask,

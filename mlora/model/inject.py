@@ -45,6 +45,10 @@ _NONE = BlockUpdate(None, None, None, 1, 1.0, 0.0)
 """Of tokens without an adapter."""
 
 
+FEW = 16
+"""Tokens of each adapter up to which a generation computes with what was kept of the adapters."""
+
+
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and the adapters injected at it."""
 
@@ -72,6 +76,8 @@ class AdaptedLinear(nn.Module):
             return self.frozen(x)
         segments = self.scope.split(x.shape[:-1])
         flat = x.flatten(0, -2)
+        if (stack := self._stack(flat, segments)) is not None:
+            return ops.apply_stack(stack, flat, self.frozen(flat), self.bias).view(*x.shape[:-1], -1)
         updates = self._updates(flat, segments) if ops.fused_available(x) else {}
         out = self._fused(flat, updates, segments) if updates else self.frozen(flat)
         if len(updates) < len(segments):
@@ -83,6 +89,25 @@ class AdaptedLinear(nn.Module):
             ]
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out.view(*x.shape[:-1], -1)
+
+    def _stack(self, x: Tensor, segments: Sequence[Segment]) -> ops.Stack | None:
+        """Return the updates of few tokens of each adapter, as every step of a generation asks for; else None."""
+        kept, length = self.scope.kept, segments[0].stop - segments[0].start
+        if kept is None or length > FEW or any(s.stop - s.start != length for s in segments):
+            return None
+        key = self.site.path, tuple(s.adapter for s in segments)
+        if key not in kept:
+            kept[key] = self._stacked(x, segments)
+        return kept[key]
+
+    def _stacked(self, x: Tensor, segments: Sequence[Segment]) -> ops.Stack | None:
+        """Return the updates of all segments as one; None where one does more, or depends on its input."""
+        updates = self._updates(x, segments)
+        held = [i for i, s in enumerate(segments) if self._holds(s.adapter)]
+        if len(updates) < len(held) or any(update.weights is not None for update in updates.values()):
+            return None
+        every = [updates.get(i) for i in range(len(segments))]
+        return ops.stacked(every, self.site.in_features, self.site.out_features, x)
 
     def _updates(self, x: Tensor, segments: Sequence[Segment]) -> dict[int, LowRankUpdate]:
         """Return the updates that kernels can compute, by the number of their segment."""
@@ -135,6 +160,9 @@ class AdaptedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         segments = self.scope.split(x.shape[:-1])
         flat = x.flatten(0, -2)
+        few = self.scope.kept is not None and len(flat) <= FEW * len(segments)
+        if few and not any(self._spans(s.adapter) for s in segments):
+            return self.frozen(x)  # its layers keep more than kernels could
         updates = self._updates(flat, segments)
         kinds: dict[Callable[[Tensor, Sequence[Segment], Sequence[Any]], Tensor], list[int]] = {}
         for i, segment in enumerate(segments):

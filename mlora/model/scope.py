@@ -6,10 +6,11 @@ padded batch, or the rows of a batch in generation, where a module sees n / tota
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from mlora.adapters import Segment
 
@@ -50,9 +51,11 @@ class Scope:
         flight: the batch; None outside of one.
         default: adapter of all tokens where there is none.
         observe: called with every batch that has gone through.
+        kept: what layers have made of adapters; None where these may change.
     """
 
     def __init__(self) -> None:
+        self.kept: dict[Hashable, Any] | None = None
         self.flight: Flight | None = None
         self.default: str | None = None
         self.observe: Callable[[Flight], None] | None = None
@@ -76,6 +79,15 @@ class Scope:
             yield
         finally:
             self.flight = previous
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Let layers keep what they make of adapters inside the `with` block, in which no adapter changes."""
+        self.kept = {}
+        try:
+            yield
+        finally:
+            self.kept = None
 
     @contextmanager
     def use(self, flight: Flight) -> Iterator[None]:

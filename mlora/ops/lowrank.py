@@ -5,6 +5,7 @@ Shapes: n tokens, D inputs, O outputs, r rank, E experts, k experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,50 @@ def apply_update(update: LowRankUpdate, x: Tensor, out: Tensor, bias: Tensor | N
         codes = codes * update.weights[..., None].to(codes.dtype)
     added = expand(codes, update.b, update.scaling).to(out.dtype)
     return out + added if update.factor is None else rescale(out, added, update.factor, bias)
+
+
+class Stack(NamedTuple):
+    """Updates of S adapters for as many tokens of each, made once for many inputs.
+
+    Attributes:
+        a: [S, D, r], of the largest rank; zero columns fill up a smaller one.
+        b: [S, r, O], times the scaling.
+        factor: [S, 1, O]; None where none has one.
+    """
+
+    a: Tensor
+    b: Tensor
+    factor: Tensor | None
+
+
+def stacked(updates: Sequence[LowRankUpdate | None], inputs: int, outputs: int, like: Tensor) -> Stack:
+    """Return updates as one, None for an adapter without.
+
+    Args:
+        updates: with neither weights nor dropout.
+        inputs, outputs: D and O.
+        like: has the dtype and the device to compute with.
+    """
+    rank = max((update.a.shape[0] for update in updates if update is not None), default=1)
+    a, b = like.new_zeros(len(updates), inputs, rank), like.new_zeros(len(updates), rank, outputs)
+    factors = like.new_ones(len(updates), 1, outputs)
+    for i, update in enumerate(updates):
+        if update is not None:
+            a[i, :, : update.a.shape[0]] = update.a.mT
+            b[i, : update.a.shape[0]] = update.b.mT * update.scaling
+            if update.factor is not None:
+                factors[i] = update.factor
+    scaled = any(update is not None and update.factor is not None for update in updates)
+    return Stack(a, b, factors if scaled else None)
+
+
+def apply_stack(stack: Stack, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
+    """Return out [S m, O] with updates of it, from its input x [S m, D], m tokens of each adapter."""
+    apart = (len(stack.a), -1)
+    codes, out = x.unflatten(0, apart) @ stack.a, out.unflatten(0, apart)
+    if stack.factor is None:
+        return torch.baddbmm(out, codes, stack.b).flatten(0, 1)
+    return rescale(out, codes @ stack.b, stack.factor, bias).flatten(0, 1)
 
 
 def rescale(out: Tensor, update: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
+from mlora import ops
 from mlora.model import generate
 from mlora.model.errors import ModelError
 from mlora.model.generate import Piece, complete, stream
@@ -38,6 +40,30 @@ def with_adapters(model: MultiAdapterModel) -> MultiAdapterModel:
     model.add_adapter("s", {"routing_strategy": "mixlora-switch", "num_experts": 2, "r": 4, "expert_capacity": 5})
     awaken(model, std=0.5)
     return model
+
+
+def test_layers_keep_what_they_make_of_adapters_for_one_generation(
+    model: MultiAdapterModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DoRA, a smaller rank on fewer layers, a mixture and none, a row each; and the adapter after it has changed."""
+    stacks, apply = [], ops.apply_stack
+    monkeypatch.setattr(ops, "apply_stack", lambda stack, *rest: stacks.append(stack) or apply(stack, *rest))
+    prompts, owners = PROMPTS[:4], ["a", "l", None, "m"]
+    together = complete(model, prompts, owners, 10)
+    layers = len(model.sites.layers)
+    assert len({id(stack) for stack in stacks}) >= 2 * layers and len(stacks) >= 9 * len({id(s) for s in stacks})
+    monkeypatch.setattr(type(model.scope), "keeping", nullcontext)  # every step anew
+    assert together == complete(model, prompts, owners, 10)
+    monkeypatch.undo()
+    ups = [parameter for name, parameter in model.adapter_parameters("a") if name == "lora_B"]
+    for parameter in ups:
+        parameter.data.mul_(-1)
+    try:
+        assert complete(model, prompts, owners, 10)[0] != together[0]
+    finally:
+        for parameter in ups:
+            parameter.data.mul_(-1)
+    assert model.scope.kept is None and complete(model, prompts, owners, 10) == together
 
 
 @pytest.mark.parametrize(
