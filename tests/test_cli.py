@@ -23,6 +23,7 @@ from mlora.cli.program import program
 from mlora.cli.run import train
 from mlora.config import RunOptions
 from mlora.tasks import PROTOCOLS, known_tasks
+from mlora.wording import launcher
 
 ROOT = Path(__file__).parents[1]
 FAST = [
@@ -102,6 +103,17 @@ def test_the_log_is_where_the_help_says() -> None:
         ("reproduce", "log.txt in --dir"),
     ):
         assert said in " ".join(invoke(command, "--help").output.split())
+
+
+def test_the_forms_of_an_export_are_a_line_each() -> None:
+    lines = [line.strip() for line in invoke("export", "--help").output.splitlines()]
+    assert "peft     LoRA, rsLoRA and DoRA, for PEFT and vLLM" in lines and not any("\\b" in line for line in lines)
+
+
+@pytest.mark.parametrize(("started", "said"), [("/somewhere/bin/mlora", "mlora"), ("launch.py", "python launch.py")])
+def test_commands_are_called_as_this_one_was(monkeypatch: pytest.MonkeyPatch, started: str, said: str) -> None:
+    monkeypatch.setattr(sys, "argv", [started])
+    assert launcher() == said
 
 
 def test_alone_it_tells_the_five_steps() -> None:

@@ -12,6 +12,8 @@ try:
         doctor,
         evaluate,
         export,
+        generate,
+        inference,
         report,
         reproduce,
         run,

@@ -11,6 +11,7 @@ from mlora.cli.options import all_of, option
 from mlora.cli.program import program
 from mlora.config.templates import template_names
 from mlora.tasks import PROTOCOLS, TASKS, Protocol
+from mlora.wording import launcher
 
 OVERRIDES = [
     ("protocol", "protocol", click.Choice(PROTOCOLS), "How tasks are scored. [default: by letters where they can be]"),
@@ -83,7 +84,7 @@ def gen(
         values = "".join(f", {key} {getattr(job, key, getattr(job.method, key, None))}" for key in config.sweep)
         click.echo(f"  {job.name}: {job.method.method} on {job.task_name}{data}{values}")
     option = "" if file_name == "mlora.json" else f" --config {file_name}"
-    click.echo(f"Next: python launch.py run --base_model BASE_MODEL{option}")
+    click.echo(f"Next: {launcher()} run --base_model BASE_MODEL{option}")
 
 
 @program.command()

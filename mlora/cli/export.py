@@ -9,8 +9,17 @@ import click
 from mlora.cli.options import DTYPES, base_model, base_source, hub_offline, option
 from mlora.cli.program import program
 
+FORMS = """\
+\b
+peft     LoRA, rsLoRA and DoRA, for PEFT and vLLM
+merged   the same, merged into the base: a plain transformers model
+mixlora  top-k MixLoRA, for the public package mixlora 0.2.3
+mixtral  top-k MixLoRA and its base as a stock mixture of experts:
+         Mixtral from Llama and Mistral, Qwen3-MoE from Qwen3
+"""
 
-@program.command(name="export")
+
+@program.command(name="export", help=f"Write a saved adapter in the form of another program.\n\n{FORMS}")
 @option("format", "Form to write.", click.Choice(["peft", "mixlora", "mixtral", "merged"]), required=True)
 @base_model
 @option("adapter", "Folder of the adapter.", required=True)
@@ -20,15 +29,7 @@ from mlora.cli.program import program
 @option("overwrite", "Replace an earlier export.", bool, default=False)
 @click.pass_context
 def export_(ctx: click.Context, **flags: Any) -> None:
-    r"""Write a saved adapter in the form of another program.
-
-    \b
-    peft     LoRA, rsLoRA and DoRA, for PEFT and vLLM
-    merged   the same, merged into the base: a plain transformers model
-    mixlora  top-k MixLoRA, for the public package mixlora 0.2.3
-    mixtral  top-k MixLoRA and its base as a stock mixture of experts:
-             Mixtral from Llama and Mistral, Qwen3-MoE from Qwen3
-    """
+    """Write a saved adapter in the form of another program."""
     from mlora.export import main as export_main
 
     ctx.exit(export_main(**flags))

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlora.cli.options import CONTEXT, SeveralValues, all_of, base_model, base_source, option
+from mlora.cli.program import program
 
 answering = all_of(
     [
@@ -25,7 +26,7 @@ answering = all_of(
 """What generate.py and inference.py both take: the model and how it is asked."""
 
 
-@click.command(cls=SeveralValues, context_settings=CONTEXT)
+@program.command(cls=SeveralValues, context_settings=CONTEXT)
 @answering
 @option("instruction", "What is asked; several are answered together.", multiple=True)
 @option("input", "What the instruction is about.", default="")

@@ -9,9 +9,10 @@ import click
 
 from mlora.cli.generate import answering, model_options
 from mlora.cli.options import CONTEXT, SeveralValues, option
+from mlora.cli.program import program
 
 
-@click.command(cls=SeveralValues, context_settings=CONTEXT)
+@program.command(cls=SeveralValues, context_settings=CONTEXT)
 @answering
 @option("host", "Address to listen on; another than this reaches others.", default="127.0.0.1", show_default=True)
 @option("port", "Port to listen on.", click.IntRange(0, 65535), default=7860, show_default=True)

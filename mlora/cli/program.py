@@ -11,6 +11,7 @@ import click
 from mlora import __version__
 from mlora.cli.options import CONTEXT
 from mlora.config import ConfigError
+from mlora.wording import launcher
 
 STORY = """\
 Fine-tune several adapters at once over one frozen language model.
@@ -42,7 +43,12 @@ class _Program(click.Group):
             ctx.exit(2)
 
 
-@click.group(cls=_Program, help=STORY, invoke_without_command=True, context_settings=CONTEXT)
+@click.group(
+    cls=_Program,
+    help=STORY.replace("python launch.py", launcher()),
+    invoke_without_command=True,
+    context_settings=CONTEXT,
+)
 @click.version_option(__version__)
 @click.pass_context
 def program(ctx: click.Context) -> None:  # noqa: D103

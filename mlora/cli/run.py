@@ -75,12 +75,17 @@ def demo(ctx: click.Context) -> None:
     """Train four adapters on a small real model, on the CPU, in minutes."""
     from mlora.data.demo import write_demo_data
 
-    click.echo("Two data sets of the project's own making are written to runs/demo/data; every adapter is scored on")
-    click.echo("held-out rows, which name things that no training row names, beside the model without adapters.\n")
+    click.echo("Two data sets of the project's own making are written to runs/demo/data;")
+    click.echo("every adapter is scored on held-out rows, which name things that no training")
+    click.echo("row names, beside the model without adapters.\n")
     write_demo_data("runs/demo/data")
     config = str(ROOT / "configs" / "demo.json")
     options = RunOptions(base_model="smollm2", config=config, dir="runs/demo", overwrite=True, evaluate_base=True)
-    ctx.exit(start(options))
+    status = start(options)
+    if status == 0:
+        click.echo("\nNext: python generate.py --base_model smollm2 --lora_weights runs/demo --base \\")
+        click.echo('        --instruction "What is m-LoRA?"')
+    ctx.exit(status)
 
 
 @click.command(context_settings=CONTEXT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,13 @@ class PromptTemplate:
         return text.rpartition(self.response_split)[2].strip()
 
 
-def find_prompt(name_or_path: str | None = None) -> PromptTemplate:
+def find_prompt(name_or_path: str | None = None, key: str = "prompt", others: Sequence[str] = ()) -> PromptTemplate:
     """Return a prompt template by name or file; a path that does not exist falls back on the name in it.
+
+    Args:
+        name_or_path: None for the default.
+        key: what errors call the setting.
+        others: names that it may have besides, which are no templates.
 
     Raises:
         DataError: there is none, or its file is not one.
@@ -55,9 +61,10 @@ def find_prompt(name_or_path: str | None = None) -> PromptTemplate:
     stem = path.name.removesuffix(".json")
     if stem in known:
         return _load(known[stem])
-    nearest = difflib.get_close_matches(stem, known, n=1)
+    names = [*sorted(known), *others]
+    nearest = difflib.get_close_matches(stem, names, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else "."
-    raise DataError(f"prompt: {wanted!r}: no such file or name{hint} Known: {', '.join(sorted(known)) or 'none'}")
+    raise DataError(f"{key}: {wanted!r}: no such file or name{hint} Known: {', '.join(names) or 'none'}")
 
 
 def _load(path: Path) -> PromptTemplate:

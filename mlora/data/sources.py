@@ -139,8 +139,8 @@ def hub_rows(hub: str, subset: str | None, split: str, limit: int | None = None)
         raise (UnreachableError if unreachable else DataError)(
             f"cannot load the split {split!r} of {name} from the Hugging Face hub"
             f"{f' after row {number}' if number else ''}: {_first_line(error)}. "
-            f"Without a network give a local file or folder instead (--data_path FOLDER with {split}.jsonl in it, "
-            "in the hub's columns), or fill the cache of `datasets` (HF_HOME) beforehand"
+            f"Without a network name a local file, or a folder with {split}.jsonl, in the hub's columns, by gen "
+            '--data_path or as "data" in the config, or fill the cache of `datasets` (HF_HOME) beforehand'
         ) from error
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mlora.data import DataError
-from mlora.generation.form import find_form
-from mlora.generation.opened import BASE, ModelOptions, open_model
+from mlora.generation.form import check_form, find_form
+from mlora.generation.opened import BASE, ModelOptions, adapters_within, open_model
 from mlora.generation.prompts import Prompt, read_prompts
 from mlora.generation.sampling import Sampling
 from mlora.model.generate import Completion, Piece, complete
@@ -62,9 +63,12 @@ def answer(asked: Asked) -> None:
     """Print what every adapter answers to every prompt."""
     prompts = [Prompt(instruction, asked.input) for instruction in asked.instructions]
     prompts += read_prompts(asked.prompts) if asked.prompts is not None else []
-    model, folders = open_model(asked.model)
+    check_form(asked.template)
+    within = {words: adapters_within(Path(words).expanduser()) for words in asked.model.lora_weights}
+    named = [path for words, inside in within.items() for path in (map(str, inside) if inside else (words,))]
+    model, folders = open_model(replace(asked.model, lora_weights=tuple(named)))
     form = find_form(asked.template, model.tokenizer)
-    who: list[tuple[str, str | None]] = list(zip(asked.model.lora_weights, folders, strict=True))
+    who: list[tuple[str, str | None]] = list(zip(named, folders, strict=True))
     if asked.base or not who:
         who.insert(0, (BASE, None))
     if asked.template is None:

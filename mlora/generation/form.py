@@ -79,7 +79,21 @@ def find_form(wanted: str | None, tokenizer: Any) -> Form:
         return Form(tokenizer, chat=True)
     if wanted == PLAIN:
         return Form(tokenizer)
-    return Form(tokenizer, find_prompt(wanted))
+    return Form(tokenizer, _prompt(wanted))
+
+
+def check_form(wanted: str | None) -> None:
+    """Refuse a form that no model has, before one is loaded.
+
+    Raises:
+        DataError: it is neither a name nor a template file.
+    """
+    if wanted not in (None, CHAT, PLAIN):
+        _prompt(wanted)
+
+
+def _prompt(wanted: str | None) -> PromptTemplate:
+    return find_prompt(wanted, "--template", (CHAT, PLAIN))
 
 
 def form_names(tokenizer: Any) -> list[str]:

@@ -97,3 +97,12 @@ def _free_name(own: str, taken: Container[str]) -> str:
         number += 1
         name = f"{stem}-{number}"
     return name
+
+
+def adapters_within(folder: Path) -> list[Path]:
+    """Return the adapter folders of a run's folder, or of any that holds some; none of an adapter's own."""
+    if not folder.is_dir() or (folder / files.CONFIG).exists():
+        return []
+    return sorted(
+        config.parent for pattern in ("*", "adapters/*") for config in folder.glob(f"{pattern}/{files.CONFIG}")
+    )

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mlora.generation.form import Form, find_form
-from mlora.generation.opened import ModelOptions, load_answerer, name_folders, open_model
+from mlora.generation.opened import ModelOptions, adapters_within, load_answerer, name_folders, open_model
 from mlora.generation.sampling import Sampling
-from mlora.model import files
 from mlora.model.batch import Batch
 from mlora.model.errors import ModelError
 from mlora.model.generate import Piece
@@ -51,7 +50,7 @@ class Engine:
 
     def __init__(self, options: ModelOptions, template: str | None = None) -> None:
         given = [str(path) if (path := Path(words).expanduser()).exists() else words for words in options.lora_weights]
-        self._parents = [Path(words) for words in given if _adapters_within(Path(words))]
+        self._parents = [Path(words) for words in given if adapters_within(Path(words))]
         self._direct = [words for words in given if Path(words) not in self._parents]
         self.model: MultiAdapterModel
         self.model, _ = open_model(replace(options, lora_weights=tuple(self._direct)))
@@ -68,7 +67,7 @@ class Engine:
 
     def offered(self) -> dict[str, Path]:
         """Return every adapter that may be loaded, by name: those given at the start and those within given folders."""
-        inside = [str(path) for parent in self._parents for path in _adapters_within(parent)]
+        inside = [str(path) for parent in self._parents for path in adapters_within(parent)]
         direct = {Path(words).resolve() for words in self._direct}
         return name_folders([*self._direct, *(words for words in inside if Path(words).resolve() not in direct)])
 
@@ -147,12 +146,3 @@ class Engine:
 def form_of(engine: Engine, name: str | None) -> Form:
     """Return the form of a name, the engine's own where there is none."""
     return engine.form if name in (None, engine.form.name) else find_form(name, engine.model.tokenizer)
-
-
-def _adapters_within(folder: Path) -> list[Path]:
-    """Return the adapter folders of a run's folder, or of any that holds some."""
-    if not folder.is_dir() or (folder / files.CONFIG).exists():
-        return []
-    return sorted(
-        config.parent for pattern in ("*", "adapters/*") for config in folder.glob(f"{pattern}/{files.CONFIG}")
-    )

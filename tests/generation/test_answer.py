@@ -61,6 +61,16 @@ def test_several_adapters_follow_one_flag_or_several(base: Path, folders: list[s
     assert alone == together[1:]
 
 
+def test_a_run_s_folder_is_all_of_its_adapters(base: Path, folders: list[str]) -> None:
+    words = ["--instruction", "What is m-LoRA?", "--json", "--template", "alpaca", "--lora_weights"]
+    assert records(ask(base, *words, str(Path(folders[0]).parent))) == records(ask(base, *words, *folders))
+
+
+def test_a_template_that_is_none_is_refused_before_a_model_is_sought() -> None:
+    done = ask(Path("nowhere"), "--instruction", "x", "--template", "wrong", status=2)
+    assert "--template: 'wrong': no such file or name. Known: alpaca, mlora, chat, none" in done.stderr
+
+
 def test_the_model_is_asked_in_its_chat_template(base: Path, tmp_path: Path) -> None:
     model = MultiAdapterModel.from_pretrained(str(base))
     tokenizer = model.tokenizer
