@@ -276,7 +276,7 @@ class MultiAdapterModel(nn.Module):
         except ModelError as error:
             if name in self._adapters:
                 self.remove_adapter(name)
-            raise ModelError(f"{error} (trained on {base}, loaded on {self.origin.given})") from error
+            raise ModelError(f"trained on {base}, loaded on {self.origin.given}: {error}") from error
         adapter.head_task = None if adapter.head is None else files.head_task(folder)
         if adapter.head is not None and adapter.head_task is None:
             log.warning("%s does not say what its classification head was trained for: any task may be scored", folder)

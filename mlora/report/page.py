@@ -44,7 +44,7 @@ def _content(records: Sequence[Record]) -> dict[str, Any]:
     charts = {
         ("training", "Training", ""): figures.training_charts(records, styles),
         ("accuracy", "Accuracy over steps", ""): figures.accuracy_charts(records, styles),
-        ("routers", "Routers", routing_note(records)): routing_charts(records, styles),
+        ("routers", "Routers", routing_note(records, styles)): routing_charts(records, styles),
     }
     chart_sections = [(*head, drawn, note) for (*head, note), drawn in charts.items() if drawn]
     paces = [pace for record in records for pace in facts.paces(record)]

@@ -29,17 +29,17 @@ def routing_charts(records: Sequence[Record], styles: Styles) -> list[LineChart 
     return [*(one for one in courses if one.drawn), *maps[:MAPS]]
 
 
-def routing_note(records: Sequence[Record]) -> str:
+def routing_note(records: Sequence[Record], styles: Styles) -> str:
     """Return what the reader must know of the heat maps."""
-    dead = {
-        f"{profile['adapter']} ({experts})"
+    dead = [
+        f"{styles.of(record.name, adapter).label} ({experts})"
         for record in records
-        for profile in _last(record).values()
+        for adapter, profile in sorted(_last(record).items())
         if (experts := sum(len(layer.get("dead", ())) for layer in profile["layers"]))
-    }
+    ]
     text = "Colour tells how far a share is from an even one: plain is even, blue above, orange below."
     if dead:
-        text += f" Experts that no token chose in the last profile: {', '.join(sorted(dead))}."
+        text += f" Experts that no token chose in the last profile: {', '.join(dead)}."
     return text
 
 

@@ -39,6 +39,14 @@ def theme() -> gr.themes.Base:
         block_title_text_color="*body_text_color",
         block_title_text_color_dark="*body_text_color",
         block_title_padding="0",
+        # Soft's own greys are too pale to read and to see
+        body_text_color_subdued="*neutral_600",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        checkbox_border_color="*neutral_500",
+        checkbox_border_color_hover="*neutral_600",
+        checkbox_border_color_dark="*neutral_300",
+        checkbox_border_color_hover_dark="*neutral_200",
     )
 
 
@@ -76,7 +84,7 @@ def build_page(engine: Engine) -> gr.Blocks:
                     routes = gr.HTML(elem_id="routes")
 
         asking = [prompt, about, who, *settings]
-        answered = [talk, shown, send, stop]
+        answered = [talk, shown, send, stop, problem]
         for event in (send.click, prompt.submit):
             event(page.ask, asking, answered, concurrency_limit=8, **QUIET).then(
                 page.mixtures, [talk, mixture], [experts, mixture], **QUIET
@@ -169,8 +177,8 @@ class _Page:
     ) -> Iterator[tuple[Any, ...]]:
         """Yield the answers as they grow."""
         busy, idle = (
-            (gr.Button(interactive=False), gr.Button(interactive=True)),
-            (gr.Button(interactive=True), gr.Button(interactive=False)),
+            (gr.Button(interactive=False), gr.Button(interactive=True), gr.HTML("", visible=False)),
+            (gr.Button(interactive=True), gr.Button(interactive=False), gr.skip()),
         )
         if not prompt.strip() or not who:
             yield {}, render.hint("Write a prompt." if who else "Tick who is to answer."), *idle
@@ -187,7 +195,7 @@ class _Page:
             )  # fmt: skip
             names = [name if name in methods else None for name in who]
             for _ in self._grow(shown, tokens, names, sampling, stop):
-                yield gr.skip(), render.answers(shown), gr.skip(), gr.skip()
+                yield gr.skip(), render.answers(shown), gr.skip(), gr.skip(), gr.skip()
         except (ValueError, DataError) as error:
             yield {}, render.notice(str(error)), *idle
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from mlora.report.page import report
 from tests.browser import browser, show_as
-from tests.report.runs import adapter, mixture, write_run
+from tests.report.runs import adapter, mixture, result, write_run
 
 pytestmark = pytest.mark.slow
 SCROLL = """const [element, done] = arguments;
@@ -24,7 +25,11 @@ SCROLL = """const [element, done] = arguments;
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("runs")
     first = write_run(folder / "first", [adapter("plain"), mixture("mixture")], evaluations=(10, 20))
-    second = write_run(folder / "second", [adapter("plain", lr=1e-3)], seed=1)
+    tasks = [result("plain", task, 0.6) for task in ("boolq", "openbookqa", "arc-challenge", "winogrande")]
+    second = write_run(folder / "second", [adapter("plain", lr=1e-3)], tasks, seed=1)
+    told = json.loads((second / "environment.json").read_text())
+    told["command"] = ["train.py", *(f"--evaluate_base_{n}=True" for n in range(9)), "--long=" + 99 * "x"]
+    (second / "environment.json").write_text(json.dumps(told))
     (folder / "report.html").write_text(report([first, second]), encoding="utf-8")
     with browser() as running:
         show_as(running, 1200)
@@ -54,6 +59,55 @@ def test_nothing_sticks_out_at_any_width(page: Any, width: int) -> None:
     small = "return Math.min(...[...document.querySelectorAll('figure > svg')].map(s => s.getScreenCTM().a *"
     size = page.execute_script(small + " parseFloat(getComputedStyle(s.querySelector('text')).fontSize)))")
     assert size > (8.5 if width == 320 else 10)
+    show_as(page, 1200)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_on_a_phone_a_wide_table_keeps_the_names_of_its_rows(page: Any, theme: str) -> None:
+    show_as(page, 390, theme)
+    script = """const scroll = document.querySelector('#results .scroll');
+        const edge = () => scroll.getBoundingClientRect().left;
+        const starts = [...scroll.querySelectorAll('thead th:first-child, th[scope=row], .run span')];
+        scroll.scrollLeft = 1000;
+        const moved = scroll.scrollLeft, cell = scroll.querySelector('th[scope=row]');
+        const found = [moved, starts.map(e => Math.round(e.getBoundingClientRect().left - edge())),
+                       getComputedStyle(cell).backgroundColor === getComputedStyle(document.body).backgroundColor];
+        scroll.scrollLeft = 0;
+        return found"""
+    moved, places, opaque = page.execute_script(script)
+    assert moved > 50 and set(places) == {0} and opaque
+    show_as(page, 1200)
+
+
+def test_on_a_phone_every_section_can_be_reached(page: Any) -> None:
+    show_as(page, 390)
+    script = """const nav = document.querySelector('.bar nav').getBoundingClientRect();
+        return [...document.querySelectorAll('.bar a')].map(a => a.getBoundingClientRect())
+            .filter(a => a.left < nav.left || a.right > nav.right + 1).length"""
+    assert page.execute_script(script) == 0
+    page.execute_script("location.hash = '#settings'")
+    below = "return document.querySelector('#settings h2').getBoundingClientRect().top - arguments[0].clientHeight"
+    assert page.execute_script(below, page.find_element("css selector", ".bar")) >= 0
+    page.execute_script("history.replaceState(null, '', location.pathname)")
+    show_as(page, 1200)
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_a_command_is_broken_between_words(page: Any, width: int) -> None:
+    show_as(page, width)
+    script = """const code = [...document.querySelectorAll('.command code')].pop(), lines = [];
+        const walker = document.createTreeWalker(code, NodeFilter.SHOW_TEXT);
+        for (let text; (text = walker.nextNode());) for (const found of text.data.matchAll(/\\S+/g)) {
+            const range = document.createRange();
+            range.setStart(text, found.index); range.setEnd(text, found.index + found[0].length);
+            lines.push([found[0], [...range.getClientRects()].map(r => r.width)]);
+        }
+        return [code.textContent, lines]"""
+    text, lines = page.execute_script(script)
+    assert text.startswith("python train.py --evaluate_base_0=True --evaluate_base_1=True ")
+    assert [word for word, widths in lines if len(widths) > 1 and not word.startswith("--long=")] == []
+    (long,) = (widths for word, widths in lines if word.startswith("--long="))
+    assert width == 1200 or (len(long) > 1 and long[0] == max(long)), "its lines are filled, not ended after --"
     show_as(page, 1200)
 
 

@@ -22,6 +22,7 @@ from mlora.report.axes import Axis, duration, number, short, size, spanning
 from mlora.report.chart import HeatMap
 from mlora.report.curve import Curve
 from mlora.report.page import is_report, report
+from mlora.report.routing import routing_note
 from mlora.report.standings import standings
 from tests.report.runs import adapter, mixture, profile, result, write_run
 
@@ -106,7 +107,7 @@ def test_every_promised_section_is_there(run: Path) -> None:
         "Peak memory",
     ):
         assert title in figures
-    assert "python train.py --base_model=tiny '--dir=a b'" in page.all("code")
+    assert "python train.py --base_model=tiny '--dir=a b'" in " ".join(page.all("span"))
     assert {"tiny", "cpu", "15 s", "400", "3.0 GiB"} <= set(page.all("dd"))  # 60 steps of 100 tokens in 15 s
     assert {"2.13.0", "3.11.7"} <= set(page.all("dd"))
     assert "Experts that no token chose in the last profile: mixture (3)." in " ".join(page.all("p"))
@@ -169,6 +170,15 @@ def test_rows_of_different_size_and_limited_ones_are_said(tmp_path: Path) -> Non
     results = [result("a", "boolq", 0.5, n=10, limit=10), result("b", "boolq", 0.6)]
     text = " ".join(Page(report([write_run(tmp_path / "run", [adapter("a"), adapter("b", r=4)], results)])).all("p"))
     assert "Scores of boolq are over different numbers of rows" in text and "Limited to the first rows" in text
+
+
+def test_idle_experts_are_counted_by_run(tmp_path: Path) -> None:
+    first = record.read(write_run(tmp_path / "first", [mixture("one"), mixture("two")]))
+    second = record.read(write_run(tmp_path / "second", [mixture("one")]))
+    note = routing_note([first], figures.Styles([first]))
+    assert note.endswith("no token chose in the last profile: one (3), two (3).")
+    note = routing_note([second, first], figures.Styles([second, first]))
+    assert note.endswith("last profile: second: one (3), first: one (3), first: two (3).")
 
 
 def test_settings_that_differ_are_apart_from_those_that_do_not(run: Path) -> None:

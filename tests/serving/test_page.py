@@ -124,8 +124,11 @@ def test_adapters_are_loaded_and_unloaded_and_a_bad_folder_is_named(page: Page) 
     page.set("length", 3)
     page.ask("Hi")
     page.wait(lambda: "later" in page.answers() and page.done())
+    page.wait(lambda: not page.text("#problem"))
     page.tick("loaded", "later")
-    page.wait(lambda: "later" not in page.text("#who") and not page.text("#problem"))
+    page.wait(lambda: "later" not in page.text("#who"))
+    page.tick("loaded", "broken")
+    page.wait(lambda: "cannot be read" in page.text("#problem"))
 
 
 def test_experts_of_a_mixture(page: Page) -> None:
@@ -151,6 +154,30 @@ def test_wrong_settings_are_said_and_nothing_is_fetched_from_elsewhere(page: Pag
     fetched = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
     assert fetched and all(url.startswith((page.address, "data:", "blob:")) for url in fetched), fetched
     assert [entry for entry in page.browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_quiet_words_and_empty_boxes_can_be_seen(page: Page, theme: str) -> None:
+    page.browser.get(f"{page.address}/?__theme={theme}")
+    page.wait(lambda: page.all("#loaded input:not(:checked)"))
+    # colours may be written in any way, so they are painted, over what lies behind them
+    script = """const canvas = Object.assign(document.createElement('canvas'), {width: 1, height: 1}).getContext('2d');
+        const paint = colour => { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); };
+        const level = () => [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(c => c / 255)
+            .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+        const behind = element => { if (!element) return paint('white');
+            behind(element.parentElement); paint(getComputedStyle(element).backgroundColor); };
+        const contrast = (element, around, property) => {
+            behind(around); const back = level();
+            paint(getComputedStyle(element)[property]); const front = level();
+            return (Math.max(front, back) + 0.05) / (Math.min(front, back) + 0.05) };
+        const words = [...document.querySelectorAll('#title p, .hint, #settings [data-testid=block-info] + *')];
+        const boxes = [...document.querySelectorAll('#loaded input:not(:checked)')];
+        return [words.map(e => contrast(e, e, 'color')),
+                boxes.map(e => contrast(e, e.parentElement, 'borderTopColor'))]"""
+    words, boxes = page.browser.execute_script(script)
+    assert len(words) > 3 and min(words) >= 4.5 and boxes and min(boxes) >= 3, (words, boxes)
 
 
 def test_it_fits_a_phone(page: Page) -> None:
