@@ -12,28 +12,29 @@ is said by a rule: a compiled one keeps what it reads and computes the rest agai
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
-from itertools import chain, islice
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlora import ops
 from mlora.model.batch import Batch, Row
 from mlora.model.graphs import Graphs, Weights, compute, prepare
-from mlora.model.inject import AdaptedBlock, AdaptedLinear
 from mlora.model.multi import MultiAdapterModel
 from mlora.model.recompute import Recompute
 from mlora.model.sizes import Sizes
+from mlora.model.weightless import (
+    Count,
+    first_layers,
+    keep_inputs_alone,
+    passes_outputs_on,
+    quantise,
+    replace_tensors,
+)
 
 BLOCK_BYTES = 512
 """What torch's allocator rounds up to on a GPU."""
@@ -78,16 +79,16 @@ class Rehearsal:
         self.model, self.device = model, device
         self._mode = FakeTensorMode()
         self._taken: dict[Any, tuple[_Situation, _Taken]] = {}
-        _replace_tensors(model, self._mode)
+        replace_tensors(model, self._mode)
         self._scales: list[Tensor] = []
         if quantization is not None:
             with self._mode:
-                self._scales = _quantise(model.hf_model, quantization)
+                self._scales = quantise(model.hf_model, quantization)
         if compiled:
             for layer in model.sites.layers:
-                _keep_inputs_alone(layer)
+                keep_inputs_alone(layer)
         with self._mode, ops.standing_for(device):
-            model.outputs_plainly = _passes_outputs_on(model.hf_model)
+            model.outputs_plainly = passes_outputs_on(model.hf_model)
         model.train()
         self._frozen = [*model.hf_model.parameters(), *model.hf_model.buffers()]
 
@@ -136,7 +137,7 @@ class Rehearsal:
         """Take a step of the first layers alone, or return what it took."""
         key = begun.key, layers, recompute
         if key not in self._taken:
-            with _first(self.model.sites.layers, self.model.hf_model, layers):
+            with first_layers(self.model.sites.layers, self.model.hf_model, layers):
                 self._taken[key] = begun, self._measure(begun, layers, recompute)
         return self._taken[key][1]
 
@@ -145,7 +146,7 @@ class Rehearsal:
         model, cuda = self.model, self.device == "cuda"
         model.recompute = recompute
         trained = [p for name in rows for _, p in model.adapter_parameters(name)]
-        count = _Count(BLOCK_BYTES if cuda else 1)
+        count = Count(BLOCK_BYTES if cuda else 1)
         base = count.add(chain(self._frozen, self._scales))
         adapters = count.add(model.adapter_modules.parameters())
         graphs = Graphs(model, sizes)
@@ -217,141 +218,3 @@ class _Taken(NamedTuple):
     kept: int
     rest: int
     fresh: int
-
-
-@contextmanager
-def _first(layers: Sequence[nn.Module], model: nn.Module, count: int) -> Iterator[None]:
-    """Leave only the first decoder layers in a model, within the block."""
-    holder = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and list(m) == list(layers))
-    every = holder._modules
-    holder._modules = dict(islice(every.items(), count))
-    try:
-        yield
-    finally:
-        holder._modules = every
-
-
-class _Count(TorchDispatchMode):
-    """Adds up the storages that operations make while they live.
-
-    Attributes:
-        now, peak: bytes, and the most there were.
-        kept: bytes when the first backward began.
-    """
-
-    def __init__(self, block: int) -> None:
-        super().__init__()
-        self.now = self.peak = self.kept = 0
-        self._block, self._turned = block, False
-        self._live: dict[int, weakref.ref[Any]] = {}
-
-    def add(self, tensors: Iterable[Tensor]) -> int:
-        """Count tensors that are there; return the bytes that they add."""
-        before = self.now
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self._live:
-                size = -(-storage.nbytes() // self._block) * self._block
-                self._live[key] = weakref.ref(storage, partial(self._drop, key, size))
-                self.now += size
-        self.peak = max(self.peak, self.now)
-        return self.now - before
-
-    def _drop(self, key: int, size: int, _: object) -> None:
-        del self._live[key]
-        self.now -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self._turned and torch._C._current_autograd_node() is not None:
-            self._turned, self.kept = True, self.now
-        if func is torch.ops.aten.logsumexp.default:  # makes x - max(x) inside
-            self.peak = max(self.peak, self.now + args[0].nbytes)
-        out = func(*args, **kwargs or {})
-        self.add(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
-        return out
-
-
-def _replace_tensors(model: MultiAdapterModel, mode: FakeTensorMode) -> None:
-    """Put tensors without data, which take the CPU for their device, in place of a model's on the meta device."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # what was replaced lives as long, so that its id is its own
-
-    def replaced(tensor: Any) -> Any:
-        if tensor is None:
-            return None
-        if id(tensor) not in made:
-            fake: Any = FakeTensor(mode, torch.empty_like(tensor, requires_grad=False), torch.device("cpu"))
-            if isinstance(tensor, nn.Parameter):
-                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-            made[id(tensor)] = fake, tensor
-        return made[id(tensor)][0]
-
-    held: list[dict[str, Any]] = [own for m in model.modules() for own in (m._parameters, m._buffers)]
-    held += [own for name in model.adapters for own in model.adapter_module(name).tensors.values()]
-    for own in held:
-        own.update({name: replaced(tensor) for name, tensor in own.items()})
-
-
-def _keep_inputs_alone(module: nn.Module) -> None:
-    """Let what torch's compiler gets of a decoder layer keep what it reads: its modules without adapted ones inside."""
-    for child in module.children():
-        if isinstance(child, AdaptedLinear | AdaptedBlock):
-            continue
-        if any(isinstance(inner, AdaptedLinear | AdaptedBlock) for inner in child.modules()):
-            _keep_inputs_alone(child)
-        elif next(child.parameters(), None) is not None:
-            child.forward = partial(checkpoint, child.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-def _quantise(hf_model: Any, quantization: str) -> list[Tensor]:
-    """Give every linear layer but the output layer a weight as bitsandbytes keeps it; return what belongs to these."""
-    scales = []
-    output = hf_model.get_output_embeddings()
-    output = output.frozen if isinstance(output, AdaptedLinear) else output
-    for layer in hf_model.modules():
-        if not isinstance(layer, nn.Linear) or layer is output:
-            continue
-        shape, dtype, count = layer.weight.shape, layer.weight.dtype, layer.weight.numel()
-        quantised: Any
-        if quantization == "8bit":
-            quantised = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
-            quantised.SCB = torch.empty(shape[0])
-            scales.append(quantised.SCB)
-        else:
-            from bitsandbytes.functional import QuantState
-
-            quantised = nn.Parameter(torch.empty(-(-count // 2), 1, dtype=torch.uint8), requires_grad=False)
-            blocks = -(-count // 64)
-            second = QuantState(torch.empty(-(-blocks // 256)), None, torch.empty(256), 256, dtype=torch.float32)
-            of_blocks = torch.empty(blocks, dtype=torch.uint8)
-            quantised.quant_state = QuantState(
-                of_blocks, shape, torch.empty(16), 64, "nf4", dtype, offset=torch.empty(()), state2=second
-            )
-            scales += [of_blocks, second.absmax]
-        layer.weight = quantised
-        layer.forward = partial(_Dequantised.apply, layer)  # type: ignore[method-assign]
-    return scales
-
-
-class _Dequantised(torch.autograd.Function):
-    """W x + b with the weight made whole in both directions, and not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, layer: nn.Linear, x: Tensor) -> Tensor:
-        ctx.layer = layer
-        return F.linear(x, ops.frozen_weight(layer).to(x.dtype), layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, grad @ ops.frozen_weight(ctx.layer).to(grad.dtype)
-
-
-def _passes_outputs_on(hf_model: Any) -> bool:
-    """Return whether a model's logits are what its output layer returns."""
-    returned: list[Tensor] = []
-    hook = hf_model.get_output_embeddings().register_forward_hook(lambda _, __, out: returned.append(out))
-    try:
-        logits = hf_model(input_ids=torch.zeros(1, 3, dtype=torch.int64), use_cache=False).logits
-    finally:
-        hook.remove()
-    return [out.untyped_storage()._cdata for out in returned] == [logits.untyped_storage()._cdata]
