@@ -15,6 +15,7 @@ from mlora.cli.ranks import start_ranks
 from mlora.cli.start import start
 from mlora.config import RunOptions, load_config
 from mlora.config.templates import ROOT
+from mlora.wording import launcher
 
 RECOMPUTE = click.Choice(["auto", "none", "middle", "all"])
 run_options = all_of(
@@ -83,7 +84,7 @@ def demo(ctx: click.Context) -> None:
     options = RunOptions(base_model="smollm2", config=config, dir="runs/demo", overwrite=True, evaluate_base=True)
     status = start(options)
     if status == 0:
-        click.echo("\nNext: python generate.py --base_model smollm2 --lora_weights runs/demo --base \\")
+        click.echo(f"\nNext: {launcher()} generate --base_model smollm2 --lora_weights runs/demo --base \\")
         click.echo('        --instruction "What is m-LoRA?"')
     ctx.exit(status)
 

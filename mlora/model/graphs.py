@@ -248,7 +248,7 @@ class Graphs:
     """
 
     def __init__(self, model: MultiAdapterModel, sizes: Sizes | None = None) -> None:
-        self.model, self._sizes = model, sizes or {}
+        self.model, self.sizes = model, sizes or {}
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._names: tuple[str, ...] = ()
@@ -299,7 +299,7 @@ class Graphs:
     def size_for(self, rows: Mapping[str, Sequence[Row]]) -> Size:
         """Return the size that a batch is brought to."""
         near = size_for(rows)
-        return next((size for size in self._sizes.get(frozenset(rows), ()) if size.holds(near)), near)
+        return next((size for size in self.sizes.get(frozenset(rows), ()) if size.holds(near)), near)
 
     def losses_and_gradients(
         self, rows: Mapping[str, Sequence[Row]], steps: Mapping[str | None, int], weights: Mapping[str, Weights]

@@ -41,6 +41,8 @@ BLOCK_BYTES = 512
 WORKSPACE_BYTES = 1 << 25
 """What torch sets aside for cuBLAS on an H100, beside the tensors."""
 
+_NO_SIZES: Sizes = {}
+
 
 class Footprint(NamedTuple):
     """Bytes at the peak of a training step, in parts.
@@ -109,7 +111,7 @@ class Rehearsal:
             accumulates: whether gradients of an earlier micro-batch are there already.
             sizes: that batches of the training are brought to where steps are recorded.
         """
-        begun = _Situation(rows, accumulates, sizes or {})
+        begun = _Situation(rows, accumulates, _NO_SIZES if sizes is None else sizes)
         layers = len(self.model.sites.layers)
         if layers < 5 or not self._layers_are_alike:
             taken = self._take(begun, layers, recompute)

@@ -82,9 +82,12 @@ def graphs_for(model: MultiAdapterModel, jobs: Sequence[Job], together: int, ran
     """Return what records steps of these jobs; None where nothing waits for the device."""
     if model.device.type != "cuda":
         return None
-    ahead = forwards([job.order for job in jobs], together, [job.micro_batch_size * ranks.count for job in jobs])
-    own = filter(None, (_own(rows, ranks) for rows in islice(ahead, LOOKED_AT)))
-    return Graphs(model, sizes_of(own, model.num_parameters(None)))
+    graphs = Graphs(model)
+    if graphs.obstacle is None:
+        ahead = forwards([job.order for job in jobs], together, [job.micro_batch_size * ranks.count for job in jobs])
+        own = filter(None, (_own(rows, ranks) for rows in islice(ahead, LOOKED_AT)))
+        graphs.sizes = sizes_of(own, model.num_parameters(None))
+    return graphs
 
 
 def sum_gradients(jobs: Sequence[Job], ranks: Ranks) -> None:

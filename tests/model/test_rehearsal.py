@@ -154,6 +154,14 @@ def test_three_layers_tell_what_six_take(
         assert found.total == pytest.approx(expected.total, rel=0.02), policy
 
 
+def test_what_layers_take_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsal, batch, measured = Rehearsal(shapes("lora", "llama", 5), "cpu"), rows((3,)), []
+    measure = rehearsal._measure
+    monkeypatch.setattr(rehearsal, "_measure", lambda *asked: measured.append(asked[1:]) or measure(*asked))
+    first = rehearsal.step(batch, Recompute())
+    assert rehearsal.step(batch, Recompute()) == first and len(measured) == 2
+
+
 def test_layers_that_are_not_alike_all_take_the_step() -> None:
     assert Rehearsal(shapes("mixlora", "llama", 5), "cpu")._layers_are_alike
     assert not Rehearsal(shapes("mixlora", "gemma2", 5), "cpu")._layers_are_alike  # some have a window
