@@ -36,7 +36,7 @@ class RunOptions:
         recompute: what of decoder layers is not kept for backward but computed again there, "none", "middle" (their
             feed-forward blocks) or "all"; "auto" for as little as lets the training fit into memory.
         gradient_checkpointing: the same as recompute "all".
-        compile: compile norms, rotary embeddings and residual sums, tens of seconds at the first step; None for on a
+        compile: compile norms and residual sums, tens of seconds at the first step; None for on a
             GPU with a base of a billion parameters or more.
         tf32: allow TensorFloat-32 in float32 products.
         revision: of the base model on the hub.

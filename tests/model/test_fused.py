@@ -12,7 +12,7 @@ from mlora import ops  # noqa: E402
 from mlora.adapters import METHODS  # noqa: E402
 from mlora.model.batch import Batch  # noqa: E402
 from mlora.model.recompute import WHATS, Recompute, What  # noqa: E402
-from tests.families import awaken, multi, rows  # noqa: E402
+from tests.families import FAMILIES, awaken, multi, rows  # noqa: E402
 from tests.test_laws import VARIANTS, assert_same, losses_and_gradients  # noqa: E402
 
 CASES = [
@@ -56,6 +56,26 @@ def count_calls(monkeypatch) -> list[str]:
         function = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, _f=function, _n=name: calls.append(_n) or _f(*a))
     return calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotary_embeddings_of_families(family: str, monkeypatch) -> None:
+    """The kernel where halves of whole heads are turned, else the family's function; other models keep theirs."""
+    from mlora.ops import fused
+
+    model, calls, rotary = multi(family).to(DEVICE), [], fused.rotary
+    monkeypatch.setattr(fused, "rotary", lambda *tensors: calls.append(1) or rotary(*tensors))
+    ids = rows(2)[0].to(DEVICE)
+    expected = model.hf_model(input_ids=ids).logits
+    assert not calls
+    monkeypatch.setattr(ops, "fused_available", lambda x: True)
+    found = model.hf_model(input_ids=ids).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert bool(calls) == (family not in ("cohere", "glm", "glm4", "gpt_neox"))
+    calls.clear()
+    other = type(model.hf_model)(model.hf_model.config).to(DEVICE).eval()
+    other(input_ids=ids)
+    assert not calls
 
 
 def test_features_that_lie_apart_in_memory(monkeypatch) -> None:

@@ -47,7 +47,14 @@ def main() -> None:
             linear(dtype, routed, dropout)
             block(dtype, routed, dropout)
         router(dtype)
+        rotary(dtype)
     print(*sorted(set(compiled)))
+
+
+def rotary(dtype: torch.dtype) -> None:
+    q, k = (torch.zeros(1, 8, heads, 64, dtype=dtype, requires_grad=True).transpose(1, 2) for heads in (4, 2))
+    q, k = fused.rotary(q, k, *torch.zeros(2, 1, 8, 64, dtype=dtype))
+    (q.sum() + k.sum()).backward()
 
 
 def router(dtype: torch.dtype) -> None:

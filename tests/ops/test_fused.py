@@ -248,3 +248,29 @@ def test_feed_forward(tokens, hidden, inner, num_experts, k, rank, p, activation
     )
     for found, wanted in pairs:
         same(found, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "heads", "groups", "tokens", "width", "part"),
+    [(1, 4, 4, 37, 64, 64), (2, 9, 3, 5, 12, 12), (1, 33, 1, 3, 128, 32), (1, 2, 2, 1, 2, 2)],
+)
+def test_rotary(
+    rows: int, heads: int, groups: int, tokens: int, width: int, part: int, dtype: torch.dtype
+) -> None:  # fmt: skip
+    """Values, gradients, and that both lie by tokens; of a part of each head, too."""
+    torch.manual_seed(tokens)
+    q, k = (draw(rows, tokens, n, width, dtype=dtype).requires_grad_() for n in (heads, groups))
+    cos, sin = (draw(rows, tokens, part, dtype=dtype) for _ in range(2))
+    turned = [x.transpose(1, 2)[..., :part] for x in (q, k)]
+    found = fused.rotary(*turned, cos, sin)
+    expected = []
+    for x in turned:
+        first, second = x.float().chunk(2, -1)
+        expected.append(x.float() * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None])
+    upstream = [draw(*x.shape) for x in expected]
+    ours = torch.autograd.grad(found, turned, [u.to(dtype) for u in upstream])
+    theirs = torch.autograd.grad(expected, turned, upstream)
+    for own, other in zip((*found, *ours), (*expected, *theirs), strict=True):
+        same(own, other, dtype)
+    assert all(x.transpose(1, 2).is_contiguous() for x in (*found, *ours))

@@ -8,6 +8,7 @@ from mlora.ops.fused.feedforward import activation_name, block_part, feed_forwar
 from mlora.ops.fused.linear import Part, Tensors, adapted_linear
 from mlora.ops.fused.masks import dropout_of
 from mlora.ops.fused.products import dropout
+from mlora.ops.fused.rotary import rotary
 
 __all__ = [
     "Part",
@@ -18,4 +19,5 @@ __all__ = [
     "dropout",
     "dropout_of",
     "feed_forward",
+    "rotary",
 ]

@@ -3,7 +3,7 @@
 With one-hot rows o_j of the chosen experts, repeated over the r columns of each, and weights w_j:
 
     apart   c -> c o_1 and c (o_2 - o_1)      what the first choice adds, and the second more than the first
-    join    p, q -> s (p o_1 + q (o_2 - o_1)) the gradient of that
+    join    p, q -> p o_1 + q (o_2 - o_1)     the gradient of that
     alone   c -> c o_j and c w_j o_j          of every choice
     sum     c_j -> sum_j w_j c_j o_j
 
@@ -26,7 +26,7 @@ APART, JOIN, ALONE, SUM = (tl.constexpr(i) for i in range(4))
 
 @triton.jit(do_not_specialize=["tokens"])
 def _select(
-    one, two, weights, experts, out, more, tokens, columns, rank, scale, K: tl.constexpr, MODE: tl.constexpr,
+    one, two, weights, experts, out, more, tokens, columns, rank, K: tl.constexpr, MODE: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -58,7 +58,7 @@ def _select(
             if K == 2:
                 code = tl.load(two + flat, mask=both, other=0.0).to(tl.float32)
                 first += tl.where(other_hit, code, 0.0) - tl.where(hit, code, 0.0)
-            tl.store(out + flat, (first * scale).to(dtype), mask=both)
+            tl.store(out + flat, first.to(dtype), mask=both)
         else:
             second = tl.where(other_hit, code, 0.0)
             if MODE == APART:
@@ -99,10 +99,10 @@ class Choices(NamedTuple):
         self._select(APART, codes, codes, out, out if more is None else more)
         return out, more
 
-    def join(self, first: Tensor, more: Tensor | None, scale: float) -> Tensor:
-        """Return the gradient of codes [N, R] from those of `apart`, times a factor."""
+    def join(self, first: Tensor, more: Tensor | None) -> Tensor:
+        """Return the gradient of codes [N, R] from those of `apart`."""
         out = torch.empty_like(first)
-        self._select(JOIN, first, first if more is None else more, out, out, scale)
+        self._select(JOIN, first, first if more is None else more, out, out)
         return out
 
     def alone(self, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,13 +117,11 @@ class Choices(NamedTuple):
         self._select(SUM, codes, codes, out, out)
         return out
 
-    def _select(
-        self, mode: tl.constexpr, one: Tensor, two: Tensor, out: Tensor, more: Tensor, scale: float = 1.0
-    ) -> None:
+    def _select(self, mode: tl.constexpr, one: Tensor, two: Tensor, out: Tensor, more: Tensor) -> None:
         tokens, columns = len(self.experts) // self.groups, out.shape[1]
         block = columns_block(columns)
         if tokens:
             _select[(triton.cdiv(tokens, 16), triton.cdiv(columns, block), self.groups)](
                 one.contiguous(), two.contiguous(), self.weights, self.experts, out, more, tokens, columns, self.rank,
-                scale, K=self.per_token, MODE=mode, BT=16, BC=block,
+                K=self.per_token, MODE=mode, BT=16, BC=block,
             )  # fmt: skip

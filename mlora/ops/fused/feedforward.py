@@ -86,10 +86,17 @@ class _Group(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """A and B of every part of a group, at one layer."""
+    """The updates of a group at one layer.
+
+    Attributes:
+        a, b: of every part.
+        narrow, wide: the same as [G, E r, F], of the dtype that products run in.
+    """
 
     a: list[Tensor]
     b: list[Tensor]
+    narrow: Tensor
+    wide: Tensor
 
 
 class _Stacks(NamedTuple):
@@ -100,12 +107,17 @@ class _Stacks(NamedTuple):
     down: _Pair | None
     choices: Choices | None
 
+    @property
+    def matrices(self) -> list[Tensor | None]:
+        """Narrow and wide of every layer: six."""
+        return [m for pair in self[:3] for m in ((None, None) if pair is None else (pair.narrow, pair.wide))]
+
 
 class _First(NamedTuple):
     """A group's update of the gate or the up projection.
 
     Attributes:
-        codes: A d(x) [N, E r].
+        codes: s A d(x) [N, E r].
         addends: to the layer's output, for the first choice.
         more: what the second choice has more [N, I]; None where there is no second.
     """
@@ -119,9 +131,10 @@ class _Kept(NamedTuple):
     """What the forward of a group leaves for its backward.
 
     Attributes:
-        gate_codes, up_codes: A1 d(x) and A3 d(x) [N, E r].
+        gate_codes, up_codes: s A1 d(x) and s A3 d(x) [N, E r].
         gate_more, up_more: what the second choice has more [N, I].
-        down_codes: sum_j w_j A2 d(h_j) [N, E r].
+        down_codes: s sum_j w_j A2 d(h_j) [N, E r].
+        matrices: of its stacks.
     """
 
     gate_codes: Tensor | None
@@ -129,6 +142,12 @@ class _Kept(NamedTuple):
     gate_more: Tensor | None
     up_more: Tensor | None
     down_codes: Tensor | None
+    gate_narrow: Tensor | None
+    gate_wide: Tensor | None
+    up_narrow: Tensor | None
+    up_wide: Tensor | None
+    down_narrow: Tensor | None
+    down_wide: Tensor | None
 
 
 class _FeedForward(torch.autograd.Function):
@@ -138,7 +157,7 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layers: Sequence[nn.Module], parts: Sequence[Part], *tensors: Any) -> Tensor:
         owned = _owned(tensors)
         groups = list(_groups(parts, owned))
-        stacks = [_stacked(group, owned) for group in groups]
+        stacks = [_stacked(group, owned, x.dtype) for group in groups]
         pairs = list(zip(groups, stacks, strict=True))
         gates = [_first(group, own, own.gate, x, group.dropouts[0]) for group, own in pairs]
         ups = [_first(group, own, own.up, x, group.dropouts[1]) for group, own in pairs]
@@ -152,10 +171,10 @@ class _FeedForward(torch.autograd.Function):
             kept = gated(_middle(group, own, gate, up, first.more, second.more), hidden[group.tokens])
             codes = None
             if own.down is not None and kept is not None:
-                of_choices = product(kept.view(-1, kept.shape[-1]), narrow(own.down.a, x.dtype).mT)
+                of_choices = product(kept.view(-1, kept.shape[-1]), own.down.narrow.mT, group.form.scaling)
                 codes = of_choices if own.choices is None else own.choices.sum(of_choices)
-                addends.append(Addend(group.tokens, codes, wide(own.down.b, x.dtype), group.form.scaling))
-            every.append(_Kept(first.codes, second.codes, first.more, second.more, codes))
+                addends.append(Addend(group.tokens, codes, own.down.wide))
+            every.append(_Kept(first.codes, second.codes, first.more, second.more, codes, *own.matrices))
         ctx.layers, ctx.groups = layers, groups
         ctx.save_for_backward(x, gate, up, *(tensor for kept in every for tensor in kept), *tensors)
         return frozen_product(layers[2], hidden, addends)
@@ -173,13 +192,13 @@ class _FeedForward(torch.autograd.Function):
         gradients: list[Tensor | None] = []
         codes = []
         for group, kept in zip(ctx.groups, every, strict=True):
-            own, t = _stacked(group, owned), group.tokens
+            own, t = _stacked(group, owned, grad.dtype, kept[5:]), group.tokens
             middle = _middle(group, own, gate, up, kept.gate_more, kept.up_more)
             down_grad, of_down_b = _of_down(group, own, kept.down_codes, grad[t])
             by_updates = weighted = None
             if own.down is not None and down_grad is not None:
                 alone, weighted = (down_grad, down_grad) if own.choices is None else own.choices.alone(down_grad)
-                by_updates = product(alone, narrow(own.down.a, grad.dtype)).view(middle.shape)
+                by_updates = product(alone, own.down.narrow).view(middle.shape)
             found = gated_grad(middle, hidden_grad[t], by_updates, gate_grad[t], up_grad[t])
             of_down_a = _none(group)
             if own.down is not None and weighted is not None and found.kept is not None:
@@ -189,15 +208,14 @@ class _FeedForward(torch.autograd.Function):
             of_weights = _none(group) if found.weights is None else found.weights.chunk(_count(group))
             each = of_gate.a, of_gate.b, of_up.a, of_up.b, of_down_a, of_down_b, of_weights, _none(group)
             gradients += [tensor for part in zip(*each, strict=True) for tensor in part]
-            codes.append((of_gate.codes, of_up.codes))
+            codes.append([(own.gate, of_gate.codes), (own.up, of_up.codes)])
         if not ctx.needs_input_grad[0]:
             return None, None, None, *gradients
         dx = (gate_grad @ first).addmm_(up_grad, second)
         for group, of_codes in zip(ctx.groups, codes, strict=True):
-            own = _stacked(group, owned)
             updates = [
-                (code, narrow(pair.a, dx.dtype), dropout)
-                for pair, code, dropout in zip((own.gate, own.up), of_codes, group.dropouts, strict=False)
+                (code, pair.narrow, dropout)
+                for (pair, code), dropout in zip(of_codes, group.dropouts, strict=False)
                 if pair is not None and code is not None
             ]
             here = dx[group.tokens]
@@ -214,14 +232,12 @@ def _first(group: _Group, own: _Stacks, pair: _Pair | None, x: Tensor, dropout: 
     if pair is None:
         return _First(None, [], None)
     t, scaling = group.tokens, group.form.scaling
-    codes = product(drop(x[t], dropout), narrow(pair.a, x.dtype).mT)
-    matrices = wide(pair.b, x.dtype)
+    codes = product(drop(x[t], dropout), pair.narrow.mT, scaling)
     first, other = (codes, None) if own.choices is None else own.choices.apart(codes)
     more = None
     if other is not None:
-        more = codes.new_empty((len(codes), matrices.shape[-1]))
-        add_up(more, other, matrices, scaling, beta=0.0)
-    return _First(codes, [Addend(t, first, matrices, scaling)], more)
+        more = product(other, pair.wide)
+    return _First(codes, [Addend(t, first, pair.wide)], more)
 
 
 class _OfFirst(NamedTuple):
@@ -239,17 +255,14 @@ def _of_first(
     """Return the gradients of an update, from those of g_1 and g_2 - g_1 [N, I]."""
     if pair is None or codes is None:
         return _OfFirst(None, _none(group), _none(group))
-    scaling, matrices = group.form.scaling, wide(pair.b, grad.dtype).mT
+    scaling, matrices = group.form.scaling, pair.wide.mT
     first, more = (codes, None) if own.choices is None else own.choices.apart(codes)
-    of_b = gradients_of_b(first, grad, pair.b, scaling)
+    of_b = gradients_of_b(first, grad, pair.b)
     if more is not None and more_grad is not None:
-        torch._foreach_add_(of_b, gradients_of_b(more, more_grad, pair.b, scaling))
-    of_codes = product(grad, matrices)
-    if own.choices is None:
-        of_codes = of_codes * scaling
-    else:
-        of_more = None if more_grad is None else product(more_grad, matrices)
-        of_codes = own.choices.join(of_codes, of_more, scaling)
+        torch._foreach_add_(of_b, gradients_of_b(more, more_grad, pair.b))
+    of_codes = product(grad, matrices, scaling)
+    if own.choices is not None:
+        of_codes = own.choices.join(of_codes, None if more_grad is None else product(more_grad, matrices, scaling))
     return _OfFirst(of_codes, gradients_of_a(of_codes, x, pair.a, group.dropouts[layer]), of_b)
 
 
@@ -259,8 +272,8 @@ def _of_down(
     """Return the gradients of codes d(h_j) A2, all experts' [N, E r], and of each B2."""
     if own.down is None or codes is None:
         return None, _none(group)
-    down_grad = product(grad, wide(own.down.b, grad.dtype).mT) * group.form.scaling
-    return down_grad, gradients_of_b(codes, grad, own.down.b, group.form.scaling)
+    down_grad = product(grad, own.down.wide.mT, group.form.scaling)
+    return down_grad, gradients_of_b(codes, grad, own.down.b)
 
 
 def _middle(
@@ -299,13 +312,16 @@ def _groups(parts: Sequence[Part], owned: Sequence[Own]) -> Iterator[_Group]:
         yield _Group(members, slice(own[0].start, own[-1].stop), own[0], dropouts)
 
 
-def _stacked(group: _Group, owned: Sequence[Own]) -> _Stacks:
+def _stacked(group: _Group, owned: Sequence[Own], dtype: torch.dtype, matrices: Sequence[Any] | None = None) -> _Stacks:
+    """Return the tensors of a group; the matrices are made where they were not kept."""
     columns: list[Any] = [
         None if tensors[0] is None else list(tensors) for tensors in zip(*owned[group.members], strict=True)
     ]
-    gate, up, down = (
-        None if a is None or b is None else _Pair(a, b) for a, b in zip(columns[:6:2], columns[1:6:2], strict=True)
-    )
+    if matrices is None:
+        make = (narrow, wide) * 3
+        matrices = [None if own is None else to(own, dtype) for own, to in zip(columns[:6], make, strict=True)]
+    each = zip(columns[:6:2], columns[1:6:2], matrices[::2], matrices[1::2], strict=True)
+    gate, up, down = (None if a is None else _Pair(a, b, less, more) for a, b, less, more in each)
     weights, experts = columns[6:]
     choices = None
     if weights is not None:

@@ -80,41 +80,41 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: nn.Module, parts: Sequence[Part], *tensors: Any) -> Tensor:
         owned = _owned(tensors)
         groups = list(_groups(parts, owned))
-        every, addends = [], []
+        kept, addends = [], []
         for group in groups:
             own = owned[group.members]
-            codes = product(drop(x[group.tokens], group.dropout), narrow([t.a for t in own], x.dtype).mT)
-            every.append(codes)
-            matrices = wide([t.b for t in own], x.dtype)
-            addends.append(Addend(group.tokens, _weighted(codes, own), matrices, group.scaling))
+            a, b = narrow([t.a for t in own], x.dtype), wide([t.b for t in own], x.dtype)
+            codes = product(drop(x[group.tokens], group.dropout), a.mT, group.scaling)
+            kept += [codes, a, b]
+            addends.append(Addend(group.tokens, _weighted(codes, own), b))
         out = frozen_product(layer, x, addends)
         out, unscaled = _rescaled(out, groups, owned, cast("Tensor | None", layer.bias))
         ctx.layer, ctx.groups = layer, groups
-        ctx.save_for_backward(x, *every, *unscaled, *tensors)
+        ctx.save_for_backward(x, *kept, *unscaled, *tensors)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         count = len(ctx.groups)
-        every, scaled, owned = saved[:count], saved[count : 2 * count], _owned(saved[2 * count :])
+        kept, scaled, owned = saved[: 3 * count], saved[3 * count : 4 * count], _owned(saved[4 * count :])
         grad, factors = _gradients_of_factors(grad.contiguous(), scaled, ctx.groups, owned)
         dx = grad @ frozen_weight(ctx.layer).to(grad.dtype) if ctx.needs_input_grad[0] else None
         gradients: list[Tensor | None] = []
-        for group, codes in zip(ctx.groups, every, strict=True):
+        for group, codes, a, b in zip(ctx.groups, kept[::3], kept[1::3], kept[2::3], strict=True):
             own, here = owned[group.members], grad[group.tokens]
-            stack_a, stack_b = [t.a for t in own], [t.b for t in own]
-            weighted = product(here, wide(stack_b, grad.dtype).mT) * group.scaling
+            # codes hold the scaling, so what reaches their weights does not
+            weighted = product(here, b.mT, group.scaling if own[0].weights is None else 1.0)
             of_weights = _gradients_of_weights(weighted, codes, own)
-            of_codes = _weighted(weighted, own)
-            of_b = gradients_of_b(_weighted(codes, own), here, stack_b, group.scaling)
-            of_a = gradients_of_a(of_codes, x[group.tokens], stack_a, group.dropout)
+            of_codes = _weighted(weighted, own, group.scaling)
+            of_b = gradients_of_b(_weighted(codes, own), here, [t.b for t in own])
+            of_a = gradients_of_a(of_codes, x[group.tokens], [t.a for t in own], group.dropout)
             if dx is not None:
-                here, matrices = dx[group.tokens], narrow(stack_a, grad.dtype)
+                here = dx[group.tokens]
                 if group.dropout is None:
-                    add_up(here, of_codes, matrices)
+                    add_up(here, of_codes, a)
                 else:
-                    add_dropped(here, [product(of_codes, matrices)], [group.dropout])
+                    add_dropped(here, [product(of_codes, a)], [group.dropout])
             for part in zip(of_a, of_b, of_weights, factors[group.members], strict=True):
                 gradients += part
         return dx, None, None, *gradients
@@ -136,11 +136,11 @@ def _groups(parts: Sequence[Part], owned: Sequence[Tensors]) -> Iterator[_Group]
         yield _Group(members, slice(own[0].start, own[-1].stop), own[0].scaling, dropout)
 
 
-def _weighted(codes: Tensor, own: Sequence[Tensors]) -> Tensor:
-    """Return codes [N, E r] times the experts' weights."""
+def _weighted(codes: Tensor, own: Sequence[Tensors], scale: float = 1.0) -> Tensor:
+    """Return codes [N, E r] times the experts' weights and a factor; as they are where there are no weights."""
     if own[0].weights is None:
         return codes
-    weights = _weights(own)
+    weights = _weights(own) * scale
     return (codes.unflatten(1, (weights.shape[1], -1)) * weights[..., None].to(codes.dtype)).flatten(1)
 
 

@@ -149,6 +149,8 @@ def narrow(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def wide(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return B of every adapter, [F, r] or [E, F, r], as [G, R, F] of the dtype that products run in."""
+    if stack[0].ndim == 2 and stack[0].shape[1] % 8 == 0:  # as it lies: its rows are of 16 bytes or more
+        return _together([b.detach() for b in stack]).to(dtype).mT
     turned = [b.detach().transpose(-1, -2).flatten(0, -2) for b in stack]
     return _together(turned).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
@@ -157,11 +159,11 @@ def _together(stack: Sequence[Tensor]) -> Tensor:
     return stack[0][None] if len(stack) == 1 else torch.stack(list(stack))
 
 
-def product(x: Tensor, matrices: Tensor) -> Tensor:
-    """Return x M [N, R] of each adapter's tokens, from x [N, F] and M [G, F, R]."""
-    if len(matrices) == 1:
-        return x @ matrices[0]
-    return torch.bmm(x.unflatten(0, (len(matrices), -1)), matrices).flatten(0, 1)
+def product(x: Tensor, matrices: Tensor, scale: float = 1.0) -> Tensor:
+    """Return s x M [N, R] of each adapter's tokens, from x [N, F] and M [G, F, R]."""
+    out = x.new_empty((len(x), matrices.shape[2]))
+    add_up(out, x, matrices, scale, beta=0.0)
+    return out
 
 
 def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
@@ -218,19 +220,17 @@ def add_dropped(out: Tensor, products: Sequence[Tensor], dropouts: Sequence[Drop
 
 
 class Addend(NamedTuple):
-    """s c M of the tokens of a group, to add to a frozen layer's output.
+    """c M of the tokens of a group, to add to a frozen layer's output.
 
     Attributes:
         tokens: of the stream.
         codes: c [N, R].
         matrices: M [G, R, O].
-        scale: s.
     """
 
     tokens: slice
     codes: Tensor
     matrices: Tensor
-    scale: float
 
 
 def frozen_product(layer: nn.Module, x: Tensor, addends: Sequence[Addend]) -> Tensor:
@@ -243,12 +243,12 @@ def frozen_product(layer: nn.Module, x: Tensor, addends: Sequence[Addend]) -> Te
     if type(layer) is not nn.Linear or layer.bias is not None or weight.dtype != x.dtype or not addends:
         out = layer(x)
         for own in addends:
-            add_up(out[own.tokens], own.codes, own.matrices, own.scale)
+            add_up(out[own.tokens], own.codes, own.matrices)
         return out
     covered = sum(own.tokens.stop - own.tokens.start for own in addends) == len(x)
     out = (torch.empty if covered else torch.zeros)((len(x), len(weight)), dtype=x.dtype, device=x.device)
     for own in addends:
-        add_up(out[own.tokens], own.codes, own.matrices, own.scale, beta=0.0)
+        add_up(out[own.tokens], own.codes, own.matrices, beta=0.0)
     return torch.addmm(out, x, weight.mT, out=out)
 
 
@@ -260,9 +260,9 @@ def gradients_of_a(codes: Tensor, x: Tensor, stack: Sequence[Tensor], dropout: D
     return [own.view(a.shape) for own, a in zip(summed, stack, strict=True)]
 
 
-def gradients_of_b(codes: Tensor, grad: Tensor, stack: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """Return s g^T c in the shape of each B ([E,] F, r), float32, from codes [N, R] and gradients g [N, F]."""
-    summed = summed_products(grad, codes, len(stack)).mul_(scale)
+def gradients_of_b(codes: Tensor, grad: Tensor, stack: Sequence[Tensor]) -> list[Tensor]:
+    """Return g^T c in the shape of each B ([E,] F, r), float32, from codes [N, R] and gradients g [N, F]."""
+    summed = summed_products(grad, codes, len(stack))
     if stack[0].ndim == 3:
         summed = summed.unflatten(2, (len(stack[0]), -1)).transpose(1, 2).contiguous()
     return list(summed.unbind(0))
