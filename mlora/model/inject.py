@@ -171,7 +171,7 @@ class AdaptedBlock(nn.Module):
         if not updates and self._spanned in kinds:  # one frozen product for all
             kinds = {self._spanned: list(range(len(segments)))}
         if kinds.keys() <= {self._plain}:
-            return self.frozen(x)
+            return self._base(x, segments)
         if len(kinds) == 1:
             (compute,) = kinds
             return compute(flat, segments, list(updates.values())).view(x.shape)
@@ -223,7 +223,19 @@ class AdaptedBlock(nn.Module):
     def _plain(self, x: Tensor, segments: Sequence[Segment], updates: object) -> Tensor:
         """Return the output of the base's own forward over its adapted linears."""
         with self.scope.part(segments):
-            return self.frozen(x[None])[0]
+            return self._base(x[None], segments)[0]
+
+    def _base(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Return what the base's own forward does; for adapters in one pass between its layers, where a kernel can."""
+        gated = len(self.site.ups) == 2 and ops.fused_available(x)
+        if gated and any(s.adapter is not None for s in segments):
+            from mlora.ops import fused
+
+            if (activation := fused.activation_name(self.site.activation)) is not None:
+                gate, up = (self._linear(layer)(x) for layer in self.site.ups)
+                hidden = fused.gate(gate.flatten(0, -2), up.flatten(0, -2), activation)
+                return self._linear(self.site.down)(hidden.view(gate.shape))
+        return self.frozen(x)
 
     def _spanned(self, x: Tensor, segments: Sequence[Segment], updates: object) -> Tensor:
         """Return the output of coroutines."""

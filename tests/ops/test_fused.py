@@ -274,3 +274,19 @@ def test_rotary(
     for own, other in zip((*found, *ours), (*expected, *theirs), strict=True):
         same(own, other, dtype)
     assert all(x.transpose(1, 2).is_contiguous() for x in (*found, *ours))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(1, 2), (5, 33), (19, 300)], ids=str)
+def test_gate(shape: tuple[int, int], activation: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    g, u, upstream = (draw(*shape, dtype=dtype) for _ in range(3))
+    g.requires_grad_(), u.requires_grad_()
+    found = fused.gate(g, u, activation)
+    wide_g, wide_u = (x.detach().float().requires_grad_() for x in (g, u))
+    act = nn.functional.silu if activation == "silu" else nn.GELU("tanh" if activation == "gelu_tanh" else "none")
+    expected = act(wide_g) * wide_u
+    ours, theirs = gradients(found, upstream, [g, u]), gradients(expected, upstream.float(), [wide_g, wide_u])
+    for own, other in zip((found, *ours), (expected, *theirs), strict=True):
+        same(own, other, dtype)

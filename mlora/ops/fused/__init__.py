@@ -5,6 +5,7 @@ and tests hold it to that. Import this package only where `ops.fused_available` 
 """
 
 from mlora.ops.fused.feedforward import activation_name, block_part, feed_forward
+from mlora.ops.fused.gated import gate
 from mlora.ops.fused.linear import Part, Tensors, adapted_linear
 from mlora.ops.fused.masks import dropout_of
 from mlora.ops.fused.products import dropout
@@ -19,5 +20,6 @@ __all__ = [
     "dropout",
     "dropout_of",
     "feed_forward",
+    "gate",
     "rotary",
 ]

@@ -257,9 +257,10 @@ def _of_first(
         return _OfFirst(None, _none(group), _none(group))
     scaling, matrices = group.form.scaling, pair.wide.mT
     first, more = (codes, None) if own.choices is None else own.choices.apart(codes)
-    of_b = gradients_of_b(first, grad, pair.b)
+    pairs = [(grad, first)]
     if more is not None and more_grad is not None:
-        torch._foreach_add_(of_b, gradients_of_b(more, more_grad, pair.b))
+        pairs.append((more_grad, more))
+    of_b = gradients_of_b(pairs, pair.b)
     of_codes = product(grad, matrices, scaling)
     if own.choices is not None:
         of_codes = own.choices.join(of_codes, None if more_grad is None else product(more_grad, matrices, scaling))
@@ -273,7 +274,7 @@ def _of_down(
     if own.down is None or codes is None:
         return None, _none(group)
     down_grad = product(grad, own.down.wide.mT, group.form.scaling)
-    return down_grad, gradients_of_b(codes, grad, own.down.b)
+    return down_grad, gradients_of_b([(grad, codes)], own.down.b)
 
 
 def _middle(

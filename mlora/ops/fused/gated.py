@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -290,3 +291,34 @@ def gated_grad(of: Middle, hidden_grad: Tensor, down: Tensor | None, gate_grad: 
             **_settings(of, down is not None), **BACKWARD,
         )  # fmt: skip
     return Gradients(gate_more, up_more, None if sums is None else sums.sum(0), kept)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        hidden = torch.empty_like(gate)
+        gated(_alone(gate, up, activation), hidden)
+        return hidden
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
+        gated_grad(_alone(gate, up, ctx.activation), grad.contiguous(), None, gate_grad, up_grad)
+        return gate_grad, up_grad, None
+
+
+def _alone(gate: Tensor, up: Tensor, activation: str) -> Middle:
+    return Middle(gate, up, None, None, None, 1, activation, None, False)
+
+
+def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Return act(g) * u [N, I], differentiable, from g and u [N, I].
+
+    Args:
+        gate, up: contiguous.
+        activation: one of ACTIVATIONS.
+    """
+    return _Gate.apply(gate, up, activation)

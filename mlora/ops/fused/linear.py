@@ -28,6 +28,7 @@ from mlora.ops.fused.products import (
     gradients_of_b,
     narrow,
     product,
+    rescale,
     rescale_grad,
     unit_stride,
     wide,
@@ -107,7 +108,7 @@ class _AdaptedLinear(torch.autograd.Function):
             weighted = product(here, b.mT, group.scaling if own[0].weights is None else 1.0)
             of_weights = _gradients_of_weights(weighted, codes, own)
             of_codes = _weighted(weighted, own, group.scaling)
-            of_b = gradients_of_b(_weighted(codes, own), here, [t.b for t in own])
+            of_b = gradients_of_b([(here, _weighted(codes, own))], [t.b for t in own])
             of_a = gradients_of_a(of_codes, x[group.tokens], [t.a for t in own], group.dropout)
             if dx is not None:
                 here = dx[group.tokens]
@@ -177,8 +178,8 @@ def _rescaled(
             unscaled.append(None)
             continue
         here = out[group.tokens] if bias is None else out[group.tokens].sub_(bias.to(out.dtype))
-        apart, there = (len(factors), -1), rescaled[group.tokens]
-        torch.mul(here.unflatten(0, apart), factors[:, None].to(out.dtype), out=there.unflatten(0, apart))
+        there = rescaled[group.tokens]
+        rescale(here, factors, there)
         if bias is not None:
             there += bias.to(out.dtype)
         unscaled.append(here)

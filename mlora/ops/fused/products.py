@@ -11,6 +11,7 @@ Shapes: N = G n tokens, F features, R = E * r columns of E stacked matrices of r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -100,6 +101,18 @@ def _outer(
 
 
 @triton.jit(do_not_specialize=VARYING)
+def _rescale(out, factor, scaled, tokens, features, BT: tl.constexpr, BF: tl.constexpr):
+    group = tl.program_id(2).to(tl.int64)
+    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    own = tl.program_id(1) * BT + tl.arange(0, BT)
+    both = (own < tokens)[:, None] & (f < features)[None, :]
+    by = tl.load(factor + group * features + f, mask=f < features, other=0.0)
+    place = (group * tokens + own)[:, None] * features + f[None, :]
+    y = tl.load(out + place, mask=both, other=0.0).to(tl.float32)
+    tl.store(scaled + place, (y * by[None, :]).to(scaled.dtype.element_ty), mask=both)
+
+
+@triton.jit(do_not_specialize=VARYING)
 def _rescale_grad(
     grad, out, factor, scaled, sums, tokens, features, share, BT: tl.constexpr, BF: tl.constexpr
 ):  # fmt: skip
@@ -149,8 +162,9 @@ def narrow(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def wide(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return B of every adapter, [F, r] or [E, F, r], as [G, R, F] of the dtype that products run in."""
-    if stack[0].ndim == 2 and stack[0].shape[1] % 8 == 0:  # as it lies: its rows are of 16 bytes or more
-        return _together([b.detach() for b in stack]).to(dtype).mT
+    if math.prod(stack[0].shape) // stack[0].shape[-2] % 8 == 0:  # rows of R as they lie, of 16 bytes or more
+        rows = [b.detach() if b.ndim == 2 else b.detach().transpose(0, 1).flatten(1) for b in stack]
+        return _together(rows).to(dtype).mT
     turned = [b.detach().transpose(-1, -2).flatten(0, -2) for b in stack]
     return _together(turned).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
@@ -260,23 +274,27 @@ def gradients_of_a(codes: Tensor, x: Tensor, stack: Sequence[Tensor], dropout: D
     return [own.view(a.shape) for own, a in zip(summed, stack, strict=True)]
 
 
-def gradients_of_b(codes: Tensor, grad: Tensor, stack: Sequence[Tensor]) -> list[Tensor]:
-    """Return g^T c in the shape of each B ([E,] F, r), float32, from codes [N, R] and gradients g [N, F]."""
-    summed = summed_products(grad, codes, len(stack))
+def gradients_of_b(pairs: Sequence[tuple[Tensor, Tensor]], stack: Sequence[Tensor]) -> list[Tensor]:
+    """Return g^T c in the shape of each B ([E,] F, r), float32, summed over pairs of g [N, F] and codes [N, R]."""
+    summed = None
+    for grad, codes in pairs:
+        summed = summed_products(grad, codes, len(stack), summed)
+    assert summed is not None
     if stack[0].ndim == 3:
         summed = summed.unflatten(2, (len(stack[0]), -1)).transpose(1, 2).contiguous()
     return list(summed.unbind(0))
 
 
-def summed_products(left: Tensor, right: Tensor, groups: int) -> Tensor:
-    """Return l^T r of each adapter's tokens [G, A, B], float32, from l [N, A] and r [N, B]."""
+def summed_products(left: Tensor, right: Tensor, groups: int, onto: Tensor | None = None) -> Tensor:
+    """Return l^T r of each adapter's tokens [G, A, B], float32, from l [N, A] and r [N, B]; added to what is given."""
     if left.dtype == torch.float32 or device_type(left) != "cuda":
         left, right = left.float(), right.float()
+    dtype = () if left.dtype == torch.float32 else (torch.float32,)
     if groups == 1:
-        found = torch.mm(left.mT, right) if left.dtype == torch.float32 else torch.mm(left.mT, right, torch.float32)
-        return found[None]
+        left = left.mT
+        return (torch.mm(left, right, *dtype) if onto is None else torch.addmm(onto[0], left, right, *dtype))[None]
     left, right = left.unflatten(0, (groups, -1)).mT, right.unflatten(0, (groups, -1))
-    return torch.bmm(left, right) if left.dtype == torch.float32 else torch.bmm(left, right, torch.float32)
+    return torch.bmm(left, right, *dtype) if onto is None else torch.baddbmm(onto, left, right, *dtype)
 
 
 def _masked_products(codes: Tensor, x: Tensor, groups: int, dropout: Dropout) -> Tensor:
@@ -293,6 +311,15 @@ def _masked_products(codes: Tensor, x: Tensor, groups: int, dropout: Dropout) ->
     return partial[0] if parts == 1 else partial.sum(0)
 
 
+def rescale(out: Tensor, factors: Tensor, scaled: Tensor) -> None:
+    """Write f y to `scaled` [N, F], from y [N, F] and factors f [G, F] float32."""
+    groups, features = factors.shape
+    tokens = len(out) // groups
+    if tokens:
+        tiles = triton.cdiv(features, 256), triton.cdiv(tokens, 8), groups
+        _rescale[tiles](out, factors, scaled, tokens, features, BT=8, BF=256)
+
+
 def rescale_grad(grad: Tensor, out: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """Return f g [N, F] and the gradient of factors f [G, F], float32, from gradients g and what f scaled, both [N, F].
 
@@ -301,7 +328,7 @@ def rescale_grad(grad: Tensor, out: Tensor, factors: Tensor) -> tuple[Tensor, Te
     groups, features = factors.shape
     tokens = len(grad) // groups
     tiles = triton.cdiv(features, 128)
-    parts, share = shares(max(tokens, 1), 32, tiles * groups)
+    parts, share = shares(max(tokens, 1), 32, tiles * groups // 4)  # that wait for memory alone: as many at once
     scaled = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     sums = factors.new_empty((parts, groups, features), dtype=torch.float32)
     _rescale_grad[(tiles, parts, groups)](grad, out, factors, scaled, sums, tokens, features, share, BT=32, BF=128)
