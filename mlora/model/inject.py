@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from mlora.model.adapter import Adapter
 from mlora.model.errors import ModelError
 from mlora.model.scope import Scope
 from mlora.ops.lowrank import BlockUpdate, LowRankUpdate
+
+if TYPE_CHECKING:
+    from mlora.ops import fused
 
 BLOCK_NAME = re.compile(r"(^|\.)(mlp|feed_forward|feedforward|ffn)$")
 FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|moe")
@@ -50,11 +53,17 @@ FEW = 16
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer and the adapters injected at it."""
+    """A frozen linear layer and the adapters injected at it.
+
+    Attributes:
+        followers: layers that are called with the same input after this one (keys and values after queries); where
+            kernels know all updates, one operation computes all of them, and leaves theirs in the scope.
+    """
 
     def __init__(self, frozen: nn.Module, site: LinearSite, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
         super().__init__()
         self.frozen, self.site, self.scope, self.adapters = frozen, site, scope, adapters
+        self.followers: tuple[AdaptedLinear, ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -74,12 +83,14 @@ class AdaptedLinear(nn.Module):
         # asked before the segments: without an adapter of its own, an output layer may be given any tokens
         if not any(self._holds(name) for name in self.scope.names()):
             return self.frozen(x)
+        if (ready := self.scope.take(self.site.path, x)) is not None:
+            return ready
         segments = self.scope.split(x.shape[:-1])
         flat = x.flatten(0, -2)
         if (stack := self._stack(flat, segments)) is not None:
             return ops.apply_stack(stack, flat, self.frozen(flat), self.bias).view(*x.shape[:-1], -1)
         updates = self._updates(flat, segments) if ops.fused_available(x) else {}
-        out = self._fused(flat, updates, segments) if updates else self.frozen(flat)
+        out = self._fused(x, flat, updates, segments) if updates else self.frozen(flat)
         if len(updates) < len(segments):
             parts = [
                 part if i in updates else self.adapt(flat[s.start : s.stop], part, s)
@@ -122,8 +133,26 @@ class AdaptedLinear(nn.Module):
                     updates[i] = update
         return updates
 
-    def _fused(self, x: Tensor, updates: Mapping[int, LowRankUpdate], segments: Sequence[Segment]) -> Tensor:
-        """Return the frozen output [n, O] with updates."""
+    def _fused(
+        self, x: Tensor, flat: Tensor, updates: Mapping[int, LowRankUpdate], segments: Sequence[Segment]
+    ) -> Tensor:
+        """Return the frozen output [n, O] with updates; followers' are left in the scope."""
+        from mlora.ops import fused
+
+        layers = [self._layer(updates, segments)]
+        following = []
+        for follower in self.followers:
+            own = follower._updates(flat, segments)
+            if own and all(i in own or not follower._holds(s.adapter) for i, s in enumerate(segments)):
+                layers.append(follower._layer(own, segments))
+                following.append(follower.site.path)
+        out, *others = fused.adapted_linears(flat, layers)
+        for path, other in zip(following, others, strict=True):
+            self.scope.leave(path, x, other.view(*x.shape[:-1], -1))
+        return out
+
+    def _layer(self, updates: Mapping[int, LowRankUpdate], segments: Sequence[Segment]) -> fused.Layer:
+        """Return the frozen layer and updates as kernels take them."""
         from mlora.ops import fused
 
         parts, tensors = [], []
@@ -132,7 +161,7 @@ class AdaptedLinear(nn.Module):
             dropout = fused.dropout_of(s.keys, update.dropout, self.site.path)
             parts.append(fused.Part(s.start, s.stop, update.scaling, dropout))
             tensors.append(fused.Tensors(update.a, update.b, update.weights, update.factor))
-        return fused.adapted_linear(x, self.frozen, parts, tensors)
+        return fused.Layer(self.frozen, parts, tensors)
 
     def adapt(self, x: Tensor, out: Tensor, segment: Segment) -> Tensor:
         """Return the output [n, O] of a segment's adapter from its input [n, D] and the frozen output [n, O]."""
@@ -312,6 +341,7 @@ class Sites:
         self.unspanned: dict[str, str] = {}
         self.uncalled: set[str] = set()
         self.layers: list[nn.Module] = _decoder_layers(model)
+        self._wrapped: dict[str, AdaptedLinear] = {}
         self._find()
 
     def _find(self) -> None:
@@ -423,12 +453,13 @@ class Sites:
         """Leave out from now on the linear layers that the `with` block does not call as such.
 
         A model may read a layer's weight without calling it, and an adapter there would change nothing, in silence.
+        Layers of one module that are called one after the other with one tensor follow the first of them.
         """
-        called: set[str] = set()
+        called: dict[str, Tensor] = {}
 
         def note(path: str, site: LinearSite, x: Tensor, out: object) -> None:
             if isinstance(out, Tensor) and out.shape == (*x.shape[:-1], site.out_features):
-                called.add(path)
+                called[path] = x
 
         hooks = [
             site.module.register_forward_hook(lambda _, args, out, path=path, site=site: note(path, site, args[0], out))
@@ -440,11 +471,19 @@ class Sites:
             for hook in hooks:
                 hook.remove()
         self.uncalled = self.linears.keys() - called
+        first = ""
+        for path, x in called.items():
+            self._wrapped[path].followers = ()
+            if first and x is called[first] and path.rpartition(".")[0] == first.rpartition(".")[0]:
+                self._wrapped[first].followers += (self._wrapped[path],)
+            else:
+                first = path
 
     def wrap(self, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
         """Put wrappers around every linear layer and feed-forward block; without adapters they change nothing."""
         for path, site in (self.linears | self.output).items():
-            _replace(self.model, path, AdaptedLinear(site.module, site, scope, adapters))
+            self._wrapped[path] = AdaptedLinear(site.module, site, scope, adapters)
+            _replace(self.model, path, self._wrapped[path])
         for path, block in self.blocks.items():
             _replace(self.model, path, AdaptedBlock(self.model.get_submodule(path), block, scope, adapters))
 

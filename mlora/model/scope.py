@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from torch import Tensor
+
 from mlora.adapters import Segment
 
 
@@ -52,13 +54,24 @@ class Scope:
         default: adapter of all tokens where there is none.
         observe: called with every batch that has gone through.
         kept: what layers have made of adapters; None where these may change.
+        ready: outputs that layers have left for others, with the input that they are of.
     """
 
     def __init__(self) -> None:
         self.kept: dict[Hashable, Any] | None = None
+        self.ready: dict[str, tuple[Tensor, Tensor]] = {}
         self.flight: Flight | None = None
         self.default: str | None = None
         self.observe: Callable[[Flight], None] | None = None
+
+    def leave(self, path: str, x: Tensor, out: Tensor) -> None:
+        """Leave a layer's output for when it is called with this input."""
+        self.ready[path] = x, out
+
+    def take(self, path: str, x: Tensor) -> Tensor | None:
+        """Return the output that was left for a layer and this input, once; None where there is none."""
+        of, out = self.ready.pop(path, (None, None))
+        return out if of is x else None
 
     def names(self) -> set[str | None]:
         """Return the adapters of the batch in flight; outside a flight the default one."""
@@ -97,5 +110,6 @@ class Scope:
             yield
         finally:
             self.flight = previous
+            self.ready.clear()
         if self.observe is not None:
             self.observe(flight)

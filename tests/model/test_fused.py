@@ -52,7 +52,7 @@ def count_calls(monkeypatch) -> list[str]:
     from mlora.ops import fused
 
     calls: list[str] = []
-    for name in ("adapted_linear", "feed_forward"):
+    for name in ("adapted_linears", "feed_forward"):
         function = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, _f=function, _n=name: calls.append(_n) or _f(*a))
     return calls
@@ -76,6 +76,26 @@ def test_rotary_embeddings_of_families(family: str, monkeypatch) -> None:
     other = type(model.hf_model)(model.hf_model.config).to(DEVICE).eval()
     other(input_ids=ids)
     assert not calls
+
+
+TOGETHER = {"llama": [3, 1, 2, 1], "phi3": [1, 1, 1, 1], "phi": [3, 1, 1, 1], "cohere": [3, 1, 2, 1]}
+"""Layers of each operation of a decoder layer."""
+
+
+@pytest.mark.parametrize(("family", "each"), TOGETHER.items(), ids=TOGETHER)
+def test_layers_that_read_one_input_are_computed_together(family: str, each: list[int], monkeypatch) -> None:
+    from mlora.ops import fused
+
+    model, counts, function = multi(family, layers=1).to(DEVICE), [], fused.adapted_linears
+    monkeypatch.setattr(fused, "adapted_linears", lambda x, layers: counts.append(len(layers)) or function(x, layers))
+    monkeypatch.setattr(ops, "fused_available", lambda x: True)
+    model.add_adapter("x", METHODS["lora"](r=4, use_dora=True, target_modules="all-linear"))
+    model.add_adapter("part", METHODS["lora"](r=4, target_modules=["o_proj" if family != "phi" else "dense"]))
+    ids, mask = rows(2)
+    for _ in range(2):  # nothing is left over from one batch to the next
+        counts.clear()
+        model(Batch.from_rows(ids, mask, None, ["x", "part"]).to(DEVICE))
+        assert counts == each and not model.scope.ready
 
 
 def test_features_that_lie_apart_in_memory(monkeypatch) -> None:

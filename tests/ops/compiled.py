@@ -72,7 +72,7 @@ def linear(dtype: torch.dtype, routed: bool, p: float) -> None:
         a, b = torch.zeros(*lead, 16, 64, requires_grad=True), torch.zeros(*lead, 96, 16, requires_grad=True)
         owned.append(fused.Tensors(a, b, torch.zeros(n, 3) if routed else None, None if routed else torch.zeros(96)))
     x = torch.zeros(2 * n, 64, dtype=dtype, requires_grad=True)
-    fused.adapted_linear(x, layer, parts, owned).sum().backward()
+    fused.adapted_linears(x, [fused.Layer(layer, parts, owned)])[0].sum().backward()
 
 
 def block(dtype: torch.dtype, routed: bool, p: float) -> None:

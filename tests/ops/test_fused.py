@@ -65,7 +65,7 @@ def test_adapted_linear(
     keys = keys_of(tokens)
 
     part = fused.Part(2, tokens + 2, 1.5, fused.dropout_of(keys, p, "q"))  # a token before and after: frozen
-    out = fused.adapted_linear(x, layer, [part], [fused.Tensors(a, b, weights, None)])
+    (out,) = fused.adapted_linears(x, [fused.Layer(layer, [part], [fused.Tensors(a, b, weights, None)])])
 
     own = dropout(x[2 : tokens + 2], keys, p, "q")
     codes = torch.einsum("nd,erd->ner", own.float(), a.reshape(-1, rank, inputs))
@@ -110,7 +110,7 @@ def test_groups_and_factors(bias: bool, dtype: torch.dtype) -> None:
         wide = dropout(own, own_keys, p, "q").float()
         expected.append(ops.apply_update(update, wide, layer(own).float(), layer.bias))
     expected = torch.cat([*expected, layer(x[-1:]).float()])
-    out = fused.adapted_linear(x, layer, parts, owned)
+    (out,) = fused.adapted_linears(x, [fused.Layer(layer, parts, owned)])
     same(out, expected, dtype)
     upstream = draw(*out.shape, dtype=dtype)
     tensors = [x, *(t for own in owned for t in own if t is not None)]
@@ -290,3 +290,26 @@ def test_gate(shape: tuple[int, int], activation: str, dtype: torch.dtype) -> No
     ours, theirs = gradients(found, upstream, [g, u]), gradients(expected, upstream.float(), [wide_g, wide_u])
     for own, other in zip((found, *ours), (expected, *theirs), strict=True):
         same(own, other, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_layers_that_read_one_input(count: int, dtype: torch.dtype) -> None:
+    """Together they are what each is alone, masks included; one without dropout, one whose adapters cover less."""
+    torch.manual_seed(count)
+    x, keys = draw(30, 24, dtype=dtype).requires_grad_(), keys_of(30)
+    layers, trained = [], []
+    for number in range(count):
+        frozen = nn.Linear(24, 16 + 8 * number, bias=number == 1).to(DEVICE, dtype).requires_grad_(False)
+        p = 0.0 if number == 2 else 0.3
+        spans = ((0, 10), (10, 20)) if number == 0 else ((0, 10), (10, 20), (20, 30))
+        parts = [fused.Part(i, j, 1.5, fused.dropout_of(keys[i:j], p, f"layer {number}")) for i, j in spans]
+        own = [(draw(8, 24).requires_grad_(), draw(len(frozen.weight), 8).requires_grad_()) for _ in spans]
+        layers.append(fused.Layer(frozen, parts, [fused.Tensors(a, b, None, None) for a, b in own]))
+        trained += [tensor for pair in own for tensor in pair]
+    found = fused.adapted_linears(x, layers)
+    alone = [fused.adapted_linears(x, [layer])[0] for layer in layers]
+    upstream = [draw(*out.shape, dtype=dtype) for out in found]
+    ours, theirs = (torch.autograd.grad(outs, [x, *trained], upstream) for outs in (found, alone))
+    for own, other in zip((*found, *ours), (*alone, *theirs), strict=True):
+        same(own, other.float(), dtype)

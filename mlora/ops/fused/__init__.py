@@ -6,16 +6,17 @@ and tests hold it to that. Import this package only where `ops.fused_available` 
 
 from mlora.ops.fused.feedforward import activation_name, block_part, feed_forward
 from mlora.ops.fused.gated import gate
-from mlora.ops.fused.linear import Part, Tensors, adapted_linear
+from mlora.ops.fused.linear import Layer, Part, Tensors, adapted_linears
 from mlora.ops.fused.masks import dropout_of
 from mlora.ops.fused.products import dropout
 from mlora.ops.fused.rotary import rotary
 
 __all__ = [
+    "Layer",
     "Part",
     "Tensors",
     "activation_name",
-    "adapted_linear",
+    "adapted_linears",
     "block_part",
     "dropout",
     "dropout_of",

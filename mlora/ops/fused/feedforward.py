@@ -159,8 +159,11 @@ class _FeedForward(torch.autograd.Function):
         groups = list(_groups(parts, owned))
         stacks = [_stacked(group, owned, x.dtype) for group in groups]
         pairs = list(zip(groups, stacks, strict=True))
-        gates = [_first(group, own, own.gate, x, group.dropouts[0]) for group, own in pairs]
-        ups = [_first(group, own, own.up, x, group.dropouts[1]) for group, own in pairs]
+        gates, ups = [], []
+        for group, own in pairs:
+            less = drop(x[group.tokens], group.dropouts[:2])
+            gates.append(_first(group, own, own.gate, less[0]))
+            ups.append(_first(group, own, own.up, less[1]))
         gate, up = (
             frozen_product(layer, x, [addend for first in firsts for addend in first.addends])
             for layer, firsts in zip(layers, (gates, ups), strict=False)
@@ -228,16 +231,16 @@ class _FeedForward(torch.autograd.Function):
         return dx, None, None, *gradients
 
 
-def _first(group: _Group, own: _Stacks, pair: _Pair | None, x: Tensor, dropout: Dropout | None) -> _First:
+def _first(group: _Group, own: _Stacks, pair: _Pair | None, x: Tensor) -> _First:
+    """Return the update of a first layer, from what it reads of the group's tokens."""
     if pair is None:
         return _First(None, [], None)
-    t, scaling = group.tokens, group.form.scaling
-    codes = product(drop(x[t], dropout), pair.narrow.mT, scaling)
+    codes = product(x, pair.narrow.mT, group.form.scaling)
     first, other = (codes, None) if own.choices is None else own.choices.apart(codes)
     more = None
     if other is not None:
         more = product(other, pair.wide)
-    return _First(codes, [Addend(t, first, pair.wide)], more)
+    return _First(codes, [Addend(group.tokens, first, pair.wide)], more)
 
 
 class _OfFirst(NamedTuple):

@@ -1,4 +1,4 @@
-"""A frozen linear layer and the low-rank updates of all adapters at it, as one differentiable operation.
+"""Frozen linear layers that read one input, and the low-rank updates of all adapters at them, as one operation.
 
     y[s] = f_s (W x[s] + scaling_s B_s (w_s * (A_s d(x[s])))) + b    for the tokens s of each adapter
 
@@ -9,7 +9,7 @@ Shapes: n tokens, D inputs, O outputs, R = E * r columns of E stacked matrices o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -74,51 +74,119 @@ class _Group(NamedTuple):
     dropout: Dropout | None
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    """`tensors` holds the fields of `Tensors` for each part; W and b are frozen."""
+class Layer(NamedTuple):
+    """A frozen layer and the updates of its input's tokens.
+
+    Attributes:
+        frozen: torch's own or quantised.
+        parts: tokens that have an update, in order.
+        tensors: of each part.
+    """
+
+    frozen: nn.Module
+    parts: Sequence[Part]
+    tensors: Sequence[Tensors]
+
+
+class _Plan(NamedTuple):
+    """What a layer's forward leaves for its backward, besides tensors."""
+
+    frozen: nn.Module
+    groups: list[_Group]
+    owned: slice
+
+
+class _AdaptedLinears(torch.autograd.Function):
+    """Layers that read one input; `tensors` holds the fields of `Tensors` for each part of each. W and b are frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Module, parts: Sequence[Part], *tensors: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, layers: Sequence[tuple[nn.Module, Sequence[Part]]], *tensors: Any
+    ) -> tuple[Tensor, ...]:
         owned = _owned(tensors)
-        groups = list(_groups(parts, owned))
-        kept, addends = [], []
-        for group in groups:
-            own = owned[group.members]
-            a, b = narrow([t.a for t in own], x.dtype), wide([t.b for t in own], x.dtype)
-            codes = product(drop(x[group.tokens], group.dropout), a.mT, group.scaling)
-            kept += [codes, a, b]
-            addends.append(Addend(group.tokens, _weighted(codes, own), b))
-        out = frozen_product(layer, x, addends)
-        out, unscaled = _rescaled(out, groups, owned, cast("Tensor | None", layer.bias))
-        ctx.layer, ctx.groups = layer, groups
-        ctx.save_for_backward(x, *kept, *unscaled, *tensors)
-        return out
+        ctx.plans, outs, saved = [], [], []
+        for frozen, parts in layers:
+            first = ctx.plans[-1].owned.stop if ctx.plans else 0
+            plan = _Plan(frozen, [], slice(first, first + len(parts)))
+            plan.groups.extend(_groups(parts, owned[plan.owned]))
+            ctx.plans.append(plan)
+        dropped = _dropped(x, [plan.groups for plan in ctx.plans])
+        for plan in ctx.plans:
+            kept, addends = [], []
+            for group in plan.groups:
+                own = owned[plan.owned][group.members]
+                a, b = narrow([t.a for t in own], x.dtype), wide([t.b for t in own], x.dtype)
+                codes = product(dropped.pop(0), a.mT, group.scaling)
+                kept += [codes, a, b]
+                addends.append(Addend(group.tokens, _weighted(codes, own), b))
+            out = frozen_product(plan.frozen, x, addends)
+            bias = cast("Tensor | None", plan.frozen.bias)
+            out, unscaled = _rescaled(out, plan.groups, owned[plan.owned], bias)
+            outs.append(out)
+            saved += [*kept, *unscaled]
+        ctx.save_for_backward(x, *saved, *tensors)
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        count = len(ctx.groups)
-        kept, scaled, owned = saved[: 3 * count], saved[3 * count : 4 * count], _owned(saved[4 * count :])
-        grad, factors = _gradients_of_factors(grad.contiguous(), scaled, ctx.groups, owned)
-        dx = grad @ frozen_weight(ctx.layer).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        every = _owned(saved[4 * sum(len(plan.groups) for plan in ctx.plans) :])
+        dx: Tensor | None = None
         gradients: list[Tensor | None] = []
-        for group, codes, a, b in zip(ctx.groups, kept[::3], kept[1::3], kept[2::3], strict=True):
-            own, here = owned[group.members], grad[group.tokens]
-            # codes hold the scaling, so what reaches their weights does not
-            weighted = product(here, b.mT, group.scaling if own[0].weights is None else 1.0)
-            of_weights = _gradients_of_weights(weighted, codes, own)
-            of_codes = _weighted(weighted, own, group.scaling)
-            of_b = gradients_of_b([(here, _weighted(codes, own))], [t.b for t in own])
-            of_a = gradients_of_a(of_codes, x[group.tokens], [t.a for t in own], group.dropout)
-            if dx is not None:
-                here = dx[group.tokens]
-                if group.dropout is None:
-                    add_up(here, of_codes, a)
-                else:
-                    add_dropped(here, [product(of_codes, a)], [group.dropout])
-            for part in zip(of_a, of_b, of_weights, factors[group.members], strict=True):
-                gradients += part
-        return dx, None, None, *gradients
+        updates: list[tuple[_Group, Tensor, Tensor]] = []
+        for plan, grad in zip(ctx.plans, grads, strict=True):
+            count, owned = len(plan.groups), every[plan.owned]
+            kept, unscaled, saved = saved[: 3 * count], saved[3 * count : 4 * count], saved[4 * count :]
+            grad, factors = _gradients_of_factors(grad.contiguous(), unscaled, plan.groups, owned)
+            if ctx.needs_input_grad[0]:
+                weight = frozen_weight(plan.frozen).to(grad.dtype)
+                dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+            for group, codes, a, b in zip(plan.groups, kept[::3], kept[1::3], kept[2::3], strict=True):
+                own, here = owned[group.members], grad[group.tokens]
+                # codes hold the scaling, so what reaches their weights does not
+                weighted = product(here, b.mT, group.scaling if own[0].weights is None else 1.0)
+                of_weights = _gradients_of_weights(weighted, codes, own)
+                of_codes = _weighted(weighted, own, group.scaling)
+                of_b = gradients_of_b([(here, _weighted(codes, own))], [t.b for t in own])
+                of_a = gradients_of_a(of_codes, x[group.tokens], [t.a for t in own], group.dropout)
+                updates.append((group, of_codes, a))
+                for part in zip(of_a, of_b, of_weights, factors[group.members], strict=True):
+                    gradients += part
+        if dx is not None:
+            _add_updates(dx, updates)
+        return dx, None, *gradients
+
+
+def _dropped(x: Tensor, layers: Sequence[Sequence[_Group]]) -> list[Tensor]:
+    """Return d(x) for every group of every layer; of those of the same tokens in one pass."""
+    every = [group for groups in layers for group in groups]
+    found: dict[int, Tensor] = {}
+    for together in _alike(every):
+        made = drop(x[every[together[0]].tokens], [every[i].dropout for i in together])
+        found |= zip(together, made, strict=True)
+    return [found[i] for i in range(len(every))]
+
+
+def _add_updates(dx: Tensor, updates: Sequence[tuple[_Group, Tensor, Tensor]]) -> None:
+    """Add the updates' gradients of their input [n, D] to it, from those of codes and A; in one pass where masked."""
+    for together in _alike([group for group, *_ in updates]):
+        here = dx[updates[together[0]][0].tokens]
+        masked = [updates[i] for i in together if updates[i][0].dropout is not None]
+        for group, of_codes, a in (updates[i] for i in together):
+            if group.dropout is None:
+                add_up(here, of_codes, a)
+        if masked:
+            add_dropped(here, [product(codes, a) for _, codes, a in masked], [group.dropout for group, *_ in masked])
+
+
+def _alike(groups: Sequence[_Group]) -> Iterator[list[int]]:
+    """Yield the numbers of groups of the same tokens and share to drop, three at most, as many as a kernel takes."""
+    found: dict[Hashable, list[int]] = {}
+    for i, group in enumerate(groups):
+        share = None if group.dropout is None else group.dropout.dropped
+        found.setdefault((group.tokens.start, group.tokens.stop, share), []).append(i)
+    for members in found.values():
+        yield from (members[i : i + 3] for i in range(0, len(members), 3))
 
 
 def _owned(tensors: Sequence[Any]) -> list[Tensors]:
@@ -208,13 +276,7 @@ def _gradients_of_factors(
     return grad, found
 
 
-def adapted_linear(x: Tensor, layer: nn.Module, parts: Sequence[Part], tensors: Sequence[Tensors]) -> Tensor:
-    """Return a frozen layer's output with updates [n, O].
-
-    Args:
-        x: [n, D].
-        layer: frozen, torch's own or quantised.
-        parts: tokens that have an update, in order.
-        tensors: of each part.
-    """
-    return _AdaptedLinear.apply(unit_stride(x), layer, parts, *(tensor for own in tensors for tensor in own))
+def adapted_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """Return the outputs [n, O] of frozen layers with updates, which all read x [n, D]."""
+    tensors = (tensor for layer in layers for own in layer.tensors for tensor in own)
+    return _AdaptedLinears.apply(unit_stride(x), [(layer.frozen, layer.parts) for layer in layers], *tensors)

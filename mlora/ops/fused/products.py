@@ -11,7 +11,6 @@ Shapes: N = G n tokens, F features, R = E * r columns of E stacked matrices of r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,40 +29,58 @@ VARYING = ["tokens", "share", "salt", "dropped"]
 """Arguments that change from batch to batch or layer to layer: kernels are not compiled anew for their values."""
 
 
-@triton.jit(do_not_specialize=VARYING)
-def _dropout(x, out, keys, tokens, features, half, x_token, salt, dropped, BT: tl.constexpr, BF: tl.constexpr):
-    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    f = tl.program_id(1) * BF + tl.arange(0, BF)
-    live = t < tokens
-    bits = mask_bits(token_keys(keys, t, live, 0, salt, False), f)
-    for side in tl.static_range(2):
-        both = live[:, None] & (f < (features - half if side else half))[None, :]
-        column = side * half + f
-        part = tl.load(x + t[:, None] * x_token + column[None, :], mask=both, other=0.0)
-        tl.store(out + t[:, None] * features + column[None, :], dropped_out(part, bits, dropped, side), mask=both)
-
-
-@triton.jit(do_not_specialize=[*VARYING, "other_salt"])
-def _add_dropped(
-    out, product, other, keys, tokens, features, half, o_token, salt, other_salt, dropped, TWO: tl.constexpr,
-    BT: tl.constexpr, BF: tl.constexpr,
+@triton.jit(do_not_specialize=[*VARYING, "second_salt", "third_salt"])
+def _dropout(
+    x, out, second, third, keys, tokens, features, half, x_token, salt, second_salt, third_salt, dropped,
+    COUNT: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     live = t < tokens
     bits = mask_bits(token_keys(keys, t, live, 0, salt, False), f)
-    other_bits = bits
-    if TWO:
-        other_bits = mask_bits(token_keys(keys, t, live, 0, other_salt, False), f)
+    second_bits, third_bits = bits, bits
+    if COUNT > 1:
+        second_bits = mask_bits(token_keys(keys, t, live, 0, second_salt, False), f)
+    if COUNT > 2:
+        third_bits = mask_bits(token_keys(keys, t, live, 0, third_salt, False), f)
+    for side in tl.static_range(2):
+        both = live[:, None] & (f < (features - half if side else half))[None, :]
+        column = side * half + f
+        part = tl.load(x + t[:, None] * x_token + column[None, :], mask=both, other=0.0)
+        place = t[:, None] * features + column[None, :]
+        tl.store(out + place, dropped_out(part, bits, dropped, side), mask=both)
+        if COUNT > 1:
+            tl.store(second + place, dropped_out(part, second_bits, dropped, side), mask=both)
+        if COUNT > 2:
+            tl.store(third + place, dropped_out(part, third_bits, dropped, side), mask=both)
+
+
+@triton.jit(do_not_specialize=[*VARYING, "second_salt", "third_salt"])
+def _add_dropped(
+    out, product, second, third, keys, tokens, features, half, o_token, salt, second_salt, third_salt, dropped,
+    COUNT: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    live = t < tokens
+    bits = mask_bits(token_keys(keys, t, live, 0, salt, False), f)
+    second_bits, third_bits = bits, bits
+    if COUNT > 1:
+        second_bits = mask_bits(token_keys(keys, t, live, 0, second_salt, False), f)
+    if COUNT > 2:
+        third_bits = mask_bits(token_keys(keys, t, live, 0, third_salt, False), f)
     for side in tl.static_range(2):
         both = live[:, None] & (f < (features - half if side else half))[None, :]
         column = side * half + f
         source = t[:, None] * features + column[None, :]
         part = tl.load(product + source, mask=both, other=0.0).to(tl.float32)
         total = dropped_out(part, bits, dropped, side)
-        if TWO:
-            part = tl.load(other + source, mask=both, other=0.0).to(tl.float32)
-            total += dropped_out(part, other_bits, dropped, side)
+        if COUNT > 1:
+            part = tl.load(second + source, mask=both, other=0.0).to(tl.float32)
+            total += dropped_out(part, second_bits, dropped, side)
+        if COUNT > 2:
+            part = tl.load(third + source, mask=both, other=0.0).to(tl.float32)
+            total += dropped_out(part, third_bits, dropped, side)
         place = out + t[:, None] * o_token + column[None, :]
         total += tl.load(place, mask=both, other=0.0).to(tl.float32)
         tl.store(place, total.to(out.dtype.element_ty), mask=both)
@@ -162,9 +179,6 @@ def narrow(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def wide(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return B of every adapter, [F, r] or [E, F, r], as [G, R, F] of the dtype that products run in."""
-    if math.prod(stack[0].shape) // stack[0].shape[-2] % 8 == 0:  # rows of R as they lie, of 16 bytes or more
-        rows = [b.detach() if b.ndim == 2 else b.detach().transpose(0, 1).flatten(1) for b in stack]
-        return _together(rows).to(dtype).mT
     turned = [b.detach().transpose(-1, -2).flatten(0, -2) for b in stack]
     return _together(turned).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
@@ -180,28 +194,39 @@ def product(x: Tensor, matrices: Tensor, scale: float = 1.0) -> Tensor:
     return out
 
 
-def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """Return d(x) [N, F], x with rows of unit stride."""
-    if dropout is None or not len(x):
-        return x
+def drop(x: Tensor, dropouts: Sequence[Dropout | None]) -> list[Tensor]:
+    """Return d(x) [N, F] for each of one to three dropouts, of the same keys; x has rows of unit stride."""
+    known = [dropout for dropout in dropouts if dropout is not None]
+    if not known or not len(x):
+        return [x for _ in dropouts]
     tokens, features = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    made = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in known]
     _dropout[(triton.cdiv(tokens, 16), triton.cdiv(half_of(features), 128))](
-        x, out, dropout.keys, tokens, features, half_of(features), x.stride(0), dropout.salt, dropout.dropped, BT=16,
-        BF=128,
+        x, *_three(made), known[0].keys, tokens, features, half_of(features), x.stride(0), *_salts(known),
+        known[0].dropped, COUNT=len(known), BT=16, BF=128,
     )  # fmt: skip
-    return out
+    each = iter(made)
+    return [x if dropout is None else next(each) for dropout in dropouts]
+
+
+def _three(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return three arguments of a kernel, which reads as many as there are."""
+    return tensors[0], tensors[min(1, len(tensors) - 1)], tensors[-1]
+
+
+def _salts(dropouts: Sequence[Dropout]) -> tuple[int, ...]:
+    return dropouts[0].salt, dropouts[min(1, len(dropouts) - 1)].salt, dropouts[-1].salt
 
 
 class _Dropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Dropout | None) -> Tensor:
         ctx.mask = mask
-        return drop(unit_stride(x), mask)
+        return drop(unit_stride(x), [mask])[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return drop(unit_stride(grad), ctx.mask), None
+        return drop(unit_stride(grad), [ctx.mask])[0], None
 
 
 def dropout(x: Tensor, mask: Dropout | None) -> Tensor:
@@ -220,16 +245,17 @@ def add_up(out: Tensor, codes: Tensor, matrices: Tensor, scale: float = 1.0, bet
 
 
 def add_dropped(out: Tensor, products: Sequence[Tensor], dropouts: Sequence[Dropout | None]) -> None:
-    """Add d(p) of one or two products p [N, F] to `out` [N, F], in one pass; the tokens' keys are the same."""
-    known = [dropout for dropout in dropouts if dropout is not None]
-    if not known:
-        for own in products:
+    """Add d(p) of one to three products p [N, F] to `out` [N, F], in one pass; the tokens' keys are the same."""
+    pairs = [(p, dropout) for p, dropout in zip(products, dropouts, strict=True) if dropout is not None]
+    for own, dropout in zip(products, dropouts, strict=True):
+        if dropout is None:
             out += own
-    elif len(out):
+    if pairs and len(out):
+        known = [dropout for _, dropout in pairs]
         features, half = out.shape[1], half_of(out.shape[1])
         _add_dropped[(triton.cdiv(len(out), 8), triton.cdiv(half, 128))](
-            out, products[0], products[-1], known[0].keys, len(out), features, half, out.stride(0), known[0].salt,
-            known[-1].salt, known[0].dropped, TWO=len(products) == 2, BT=8, BF=128,
+            out, *_three([p for p, _ in pairs]), known[0].keys, len(out), features, half, out.stride(0),
+            *_salts(known), known[0].dropped, COUNT=len(pairs), BT=8, BF=128,
         )  # fmt: skip
 
 
@@ -276,10 +302,10 @@ def gradients_of_a(codes: Tensor, x: Tensor, stack: Sequence[Tensor], dropout: D
 
 def gradients_of_b(pairs: Sequence[tuple[Tensor, Tensor]], stack: Sequence[Tensor]) -> list[Tensor]:
     """Return g^T c in the shape of each B ([E,] F, r), float32, summed over pairs of g [N, F] and codes [N, R]."""
-    summed = None
-    for grad, codes in pairs:
+    (grad, codes), *more = pairs
+    summed = summed_products(grad, codes, len(stack))
+    for grad, codes in more:
         summed = summed_products(grad, codes, len(stack), summed)
-    assert summed is not None
     if stack[0].ndim == 3:
         summed = summed.unflatten(2, (len(stack[0]), -1)).transpose(1, 2).contiguous()
     return list(summed.unbind(0))
