@@ -66,6 +66,7 @@ def test_rotary_embeddings_of_families(family: str, monkeypatch) -> None:
     model, calls, rotary = multi(family).to(DEVICE), [], fused.rotary
     monkeypatch.setattr(fused, "rotary", lambda *tensors: calls.append(1) or rotary(*tensors))
     ids = rows(2)[0].to(DEVICE)
+    monkeypatch.setattr(ops, "fused_available", lambda x: False)
     expected = model.hf_model(input_ids=ids).logits
     assert not calls
     monkeypatch.setattr(ops, "fused_available", lambda x: True)
