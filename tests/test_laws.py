@@ -104,7 +104,9 @@ def obeys(method: Method, family: str, tmp_path: Path, changes_nothing_yet: bool
     for name in ("x", "plain"):
         own = [i for i, owner in enumerate(owners) if owner == name]
         batch = Batch.from_rows(ids[own], mask[own], None, [name] * len(own))
-        assert_same(losses_and_gradients(model, batch, [name])[name], together[name])
+        # padded to another length, a recurrence with weights as large as these rounds otherwise (2e-4 on some CPUs)
+        tolerance = 1e-4 if family == "qwen3_5_text" else 2e-5
+        assert_same(losses_and_gradients(model, batch, [name])[name], together[name], tolerance)
         for recomputed in again:
             assert_same(recomputed[name], together[name])
     model.eval()

@@ -6,6 +6,7 @@ Shapes: n tokens, D hidden, E experts, k experts per token. All arithmetic in fl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,29 @@ def router_logits(x: Tensor, router: Tensor) -> Tensor:
 
 
 def top_k_routing(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return (weights, experts), each [n, k]: the k most probable experts, their probabilities made to sum to one."""
+    """Return (weights, experts), each [n, k]: the k most probable experts, their probabilities made to sum to one.
+
+    That is the softmax of their logits alone.
+    """
     ranked = ops.device_type(logits) != "cuda"  # where to rank a few would take longer than to find them
-    probabilities, experts = logits.softmax(-1).topk(top_k, dim=-1, sorted=ranked)
-    return probabilities / probabilities.sum(-1, keepdim=True), experts
+    chosen, experts = logits.topk(top_k, dim=-1, sorted=ranked)
+    return _Apart.apply(chosen.softmax(-1)), experts
+
+
+class _Apart(torch.autograd.Function):
+    """Weights that sum to one, whose gradients count only as far as they differ: softmax ignores what they share.
+
+    Experts that are alike, as all are before their first step, then leave a router no gradient at all. Rounding would
+    leave it a little, of which AdamW makes whole steps, in directions that no two machines have in common.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor) -> Tensor:
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad - grad[:, :1]
 
 
 def top_p_routing(logits: Tensor, top_p: float, temperature: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,9 @@ from torch import nn
 
 from mlora import ops
 from mlora.adapters import METHODS, BlockSite, LinearSite, Segment
+from mlora.model.batch import Batch
 from mlora.ops.reference import mixture_feed_forward
+from tests.families import multi, rows
 
 D, H, N = 12, 20, 17
 
@@ -100,3 +102,27 @@ def test_values_of_each_tokens_expert_and_their_gradients_are_those_of_an_index(
     assert torch.equal(found, expected)
     one, other = (torch.autograd.grad((out * outer).sum(), values)[0] for out in (found, expected))
     assert torch.allclose(one, other)
+
+
+def test_experts_that_are_alike_leave_their_router_no_gradient() -> None:
+    """Of which AdamW would make whole steps; where they differ, the gradient is softmax's."""
+    torch.manual_seed(0)
+    logits, upstream = torch.randn(50, 8, requires_grad=True), torch.randn(50, 2)
+    weights, experts = ops.top_k_routing(logits, 2)
+    (found,) = torch.autograd.grad(weights, logits, upstream[:, :1].expand(50, 2), retain_graph=True)
+    assert not found.any()
+    (found,) = torch.autograd.grad(weights, logits, upstream)
+    probabilities = logits.softmax(-1).gather(1, experts)
+    (expected,) = torch.autograd.grad(probabilities / probabilities.sum(-1, keepdim=True), logits, upstream)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_without_router_loss_the_first_step_leaves_a_router_alone() -> None:
+    model = multi()
+    model.add_adapter("x", METHODS["mixlora"](r=4, num_experts=4, top_k=2, router_loss=False))
+    ids, mask = rows(4)
+    model.train()
+    out = model(Batch.from_rows(ids, mask, None, ["x"] * 4))["x"]
+    out.loss.backward()
+    routers = {path: g for path, g in model.adapter_gradients("x").items() if "moe_gate" in path or "router" in path}
+    assert routers and not any(g.any() for g in routers.values())

@@ -18,8 +18,8 @@ from mlora.ops.fused.groups import grouped, joined  # noqa: E402
 from mlora.ops.fused.router import fused_router_logits  # noqa: E402
 from mlora.ops.random import dropout  # noqa: E402
 
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-"""Largest difference, relative to the largest value of a tensor."""
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 8 * 3e-3}
+"""Largest difference, relative to the largest value of a tensor; bfloat16 rounds eight times as roughly as float16."""
 DTYPES = list(TOLERANCE) if DEVICE == "cuda" else [torch.float32, torch.float16]  # the interpreter has no bf16 products
 
 

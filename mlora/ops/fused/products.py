@@ -174,17 +174,21 @@ def shares(work: int, block: int, programs: int) -> tuple[int, int]:
 
 def narrow(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return A of every adapter, [r, F] or [E, r, F], as [G, R, F] of the dtype that products run in."""
-    return _together([a.detach().flatten(0, -2) for a in stack]).to(dtype).contiguous()
+    return _together([a.detach().flatten(0, -2) for a in stack], dtype)
 
 
 def wide(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return B of every adapter, [F, r] or [E, F, r], as [G, R, F] of the dtype that products run in."""
-    turned = [b.detach().transpose(-1, -2).flatten(0, -2) for b in stack]
-    return _together(turned).to(dtype, memory_format=torch.contiguous_format).contiguous()
+    return _together([b.detach().mT for b in stack], dtype).flatten(1, -2)
 
 
-def _together(stack: Sequence[Tensor]) -> Tensor:
-    return stack[0][None] if len(stack) == 1 else torch.stack(list(stack))
+def _together(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return matrices one after the other, each read once and written once."""
+    if len(stack) == 1:
+        return stack[0].to(dtype, memory_format=torch.contiguous_format).contiguous()[None]
+    out = torch.empty((len(stack), *stack[0].shape), dtype=dtype, device=stack[0].device)
+    torch._foreach_copy_(list(out.unbind()), list(stack))
+    return out
 
 
 def product(x: Tensor, matrices: Tensor, scale: float = 1.0) -> Tensor:
