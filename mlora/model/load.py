@@ -11,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlora.model.errors import ModelError, UnreachableModelError
+from mlora.model.errors import ModelError
+from mlora.network import ask_hub, why_offline
 from mlora.wording import install
 
 if TYPE_CHECKING:
@@ -237,20 +238,26 @@ class _explained:
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
+        self.on_hub = not os.path.isdir(origin.folder)
 
     def __enter__(self) -> None:
-        pass
+        if self.on_hub:
+            ask_hub()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, Exception) or isinstance(error, ModelError):
             return
+        if self.on_hub and (offline := why_offline()):
+            raise ModelError(
+                f"--base_model {self.origin.given}: is no folder here, {offline}, and no cached copy was found. "
+                "Without a network name the path of a model's folder or of a GGUF file, or smollm2"
+            ) from error
         from mlora.model.hub import advice
 
         said = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in said:
             said = "its folder holds code of its own, which only --trust_remote_code runs; look at it first"
         said = said if len(said) <= 300 else f"{said[:297]}..."
-        on_hub = isinstance(error, OSError) and not os.path.isdir(self.origin.folder)
-        hint = f" ({advice(error, self.origin.folder)}; a local model needs the path of its folder)" if on_hub else ""
-        raised = UnreachableModelError if on_hub else ModelError
-        raise raised(f"--base_model {self.origin.given}: cannot be loaded: {said}{hint}") from error
+        refused = self.on_hub and isinstance(error, OSError)
+        hint = f" ({advice(error, self.origin.folder)}; a local model needs the path of its folder)" if refused else ""
+        raise ModelError(f"--base_model {self.origin.given}: cannot be loaded: {said}{hint}") from error
