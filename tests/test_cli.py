@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from mlora.cli.program import program
 from mlora.cli.run import train
 from mlora.config import RunOptions
 from mlora.tasks import PROTOCOLS, known_tasks
-from mlora.wording import launcher
+from mlora.wording import COMMAND, command_line, launcher
 
 ROOT = Path(__file__).parents[1]
 FAST = [
@@ -114,6 +115,23 @@ def test_the_forms_of_an_export_are_a_line_each() -> None:
 def test_commands_are_called_as_this_one_was(monkeypatch: pytest.MonkeyPatch, started: str, said: str) -> None:
     monkeypatch.setattr(sys, "argv", [started])
     assert launcher() == said
+
+
+def test_a_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/launch.py", "run", "--base_model", "a b"])
+    typed = ["launch.py", "run", "--base_model", "a b"]
+    assert command_line() == typed
+    _, environment = start.program(RunOptions("a b", num_processes=2))
+    monkeypatch.setattr(os, "environ", environment)  # as train.py finds it, and as each of its processes does
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py", "--base_model=a b"])
+    assert command_line() == typed and start.program(RunOptions("a b"))[1] == environment
+    monkeypatch.setattr(os, "environ", {})
+    assert command_line() == ["train.py", "--base_model=a b"]
+    began = {"TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "2"}
+    monkeypatch.setattr(os, "environ", began)
+    assert command_line() == ["torchrun", "--nproc_per_node=2", "train.py", "--base_model=a b"]
+    monkeypatch.setattr(os, "environ", began | {"GROUP_WORLD_SIZE": "3"})
+    assert command_line()[:3] == ["torchrun", "--nnodes=3", "--nproc_per_node=2"]
 
 
 def test_alone_it_tells_the_five_steps() -> None:
@@ -242,7 +260,7 @@ def test_run_starts_the_training_program(started: list[tuple[list[str], dict[str
         "--limit=3",
         "--tf32=True",
     ]
-    assert environment == dict(os.environ)
+    assert environment == dict(os.environ) | {COMMAND: shlex.join(command_line())}
 
 
 def test_run_on_several_gpus(started: list[tuple[list[str], dict[str, str]]]) -> None:

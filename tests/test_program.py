@@ -120,6 +120,9 @@ def test_a_run_goes_on_where_nobody_reads_its_output(here: Path, base: Path) -> 
         assert running.wait(120) == 0
     assert Path("results.json").exists() and Path("report.html").exists()
     assert "nobody reads the output" in Path("mlora.log").read_text()
+    typed = ["launch.py", "run", "--base_model", str(base)]
+    assert json.loads(Path("environment.json").read_text())["command"] == typed
+    assert "launch.py run --base_model tiny\n" in Path("a/README.md").read_text()
 
 
 def test_a_file_that_is_no_report_stays_and_the_run_is_done_all_the_same(
