@@ -1,7 +1,7 @@
 """`launch.py gen`: a template and task names make a config file.
 
-A task that is no registered name is instruction data, a path or a hub id; the hub is not asked, so a name that looks
-like a misspelt task is refused rather than looked up.
+A task that is no registered name is instruction data: a file or folder that exists, or a hub id of the form owner/name.
+The hub is not asked, so any other name is taken for a misspelt task and refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mlora.config.errors import ConfigError, Problem, did_you_mean, show
+from mlora.config.errors import ConfigError, Problem, show
 from mlora.config.job import CASUAL
 from mlora.config.jsonfile import read_json, write_json
 from mlora.config.load import parse_config
@@ -25,7 +25,7 @@ from mlora.config.templates import find_template
 from mlora.tasks import folder_names, known_tasks
 from mlora.wording import counted
 
-_MISSPELT = 0.8
+_MISSPELT, _ALIKE = 0.8, 0.5
 _FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz")
 
 
@@ -121,21 +121,22 @@ def _subject(name: str, path: str | None) -> _Subject:
 
 
 def _check_data(name: str, tasks: list[str]) -> None:
-    """Refuse a misspelt task name and a file that is not there."""
+    """Refuse what is neither a file or folder that exists nor a hub id, a misspelt task name above all."""
     if Path(name).expanduser().exists():
         return
     if name.endswith(_FILES) or name.startswith((".", "/", "~")):
         raise _wrong("--tasks", f"{show(name)}: no such file or folder")
-    if name.startswith("glue:"):
-        raise _wrong("--tasks", f"{show(name)} is no task{did_you_mean(name, tasks)}")
     if name.count("/") > 1:
         raise _wrong("--tasks", f"{show(name)}: no such file or folder, and no hub id has more than one /")
     if "/" in name:
         return
     spellings = {task: task for task in tasks} | {task.rpartition(":")[2]: task for task in tasks}
-    match = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=_MISSPELT)
-    if match:
-        raise _wrong("--tasks", f"{show(name)} is no task; did you mean {show(spellings[match[0]])}?")
+    alike = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=_MISSPELT)
+    alike = alike or difflib.get_close_matches(name.lower(), spellings, n=3, cutoff=_ALIKE)
+    nearest = " or ".join(dict.fromkeys(show(spellings[spelling]) for spelling in alike))
+    hint = f"did you mean {nearest}?" if alike else "`launch.py avail` lists the tasks"
+    message = f"{show(name)} is no task, no file or folder, and no data set of the hub, which is owner/name; {hint}"
+    raise _wrong("--tasks", message)
 
 
 def _data_of_each(names: list[str], data_path: str | None) -> list[str | None]:
