@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
 from mlora.cli import start
@@ -159,6 +161,39 @@ def test_what_is_available_fits_80_columns_and_is_all_there() -> None:
     shown = [line.split()[0] for line in text.splitlines() if line.strip()]
     assert sorted(set(known_tasks()) - set(shown)) == []
     assert all(f"{protocol}: " in text for protocol in PROTOCOLS)
+
+
+FILES = ("what a shell completes by itself",)
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("gen --template mixl", ["mixlora", "mixlora_dynamic", "mixlora_switch"]),
+        ("gen --template ./own", FILES),
+        ("gen --tasks ob", ["obqa"]),
+        ("gen --tasks arc-e;arc-", ["arc-e;arc-c"]),
+        ("gen --tasks arc-e;./rows", FILES),
+        ("gen --data_path ", FILES),
+        ("evaluate --tasks glue:s", ["glue:sst2"]),
+        ("reproduce --tasks arc-e,ob", ["arc-e,obqa"]),
+        ("reproduce --methods lora;mixd", ["lora;mixdora"]),
+        ("generate --template c", ["chat"]),
+        ("generate --prompts ", FILES),
+        ("run --base_model mod", FILES),
+        ("run --config ", FILES),
+        ("run --dir ", FILES),
+        ("report ", FILES),
+        ("export --adapter ", FILES),
+    ],
+)
+def test_a_shell_completes_names_and_paths(typed: str, offered: Sequence[str]) -> None:
+    *words, begun = typed.split(" ")
+    found = ShellComplete(program, {}, "mlora", "_MLORA_COMPLETE").get_completions(words, begun)
+    if offered is FILES:
+        assert [item.type for item in found] == ["file"]
+    else:
+        assert [(item.type, item.value) for item in found] == [("plain", value) for value in offered]
 
 
 def test_flags_are_the_fields_of_the_options() -> None:
