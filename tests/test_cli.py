@@ -155,6 +155,15 @@ def test_help_fits_80_columns(command: str) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_the_list_of_commands_is_cut_nowhere() -> None:
+    listed = invoke().output.partition("Commands:")[2].splitlines()[1:]
+    assert len(listed) == len(commands()) and not [line for line in listed if "..." in line]
+
+
+def test_a_bounded_number_is_one_number() -> None:
+    assert not [c for c in commands() if "RANGE" in invoke(c, "--help").output]
+
+
 def test_what_is_available_fits_80_columns_and_is_all_there() -> None:
     text = invoke("avail").output
     assert max(map(len, text.splitlines())) <= 80
@@ -266,11 +275,17 @@ def test_schema_is_json() -> None:
         (["run"], "--base_model"),
         (["run", "--base_model", "m", "--config", "none.json"], "no such file"),
         (["run", "--base_model", "m", "--quantize", "3bit"], "4bit"),
+        (["run", "--base_model", "m", "--config", "empty.json"], "empty.json: is empty"),
+        (["run", "--base_model", "m", "--config", "comma.json"], "comma"),
+        (["data", "--preview", "hellaswg", "--base_model", "m"], '--preview: "hellaswg" is no task, no file or folder'),
+        (["report", "nowhere"], "nowhere: no such folder"),
         (["run", "--base_model", "m", "--config", "bad.json"], 'lora[0].lr_rate: unknown key; did you mean "lr"?'),
     ],
 )
 def test_bad_input_exits_with_2_and_says_why(arguments: list[str], message: str) -> None:
     Path("bad.json").write_text('{"lora": [{"name": "a", "lr_rate": 1}]}')
+    Path("empty.json").write_text("\n")
+    Path("comma.json").write_text('{"lora": [{"name": "a"},]}')
     done = launch(*arguments)
     assert done.returncode == 2
     assert message in done.stderr

@@ -12,7 +12,7 @@ from mlora.config.templates import prompt_names
 from mlora.tasks import PROTOCOLS, known_tasks
 
 
-@program.command(name="data")
+@program.command(name="data", short_help="Show training rows as the model reads them.")
 @option(
     "preview",
     'Task names joined by ";", instruction data, or a config.',

@@ -11,7 +11,7 @@ from mlora.cli.program import program
 from mlora.tasks import HARNESS, PROTOCOLS, known_tasks
 
 
-@program.command(cls=SeveralValues)
+@program.command(cls=SeveralValues, short_help="Evaluate saved adapters or the base model on tasks.")
 @base_model
 @option("tasks", 'Task names, joined by ";".', required=True, shell_complete=names_or_path(known_tasks, ";"))
 @option("adapter", "Folder, or NAME=FOLDER; several may be given.", multiple=True, shell_complete=names_or_path())

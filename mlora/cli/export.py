@@ -44,7 +44,7 @@ def export_(ctx: click.Context, **flags: Any) -> None:
 @hub_offline
 @click.pass_context
 def push(ctx: click.Context, **flags: Any) -> None:
-    """Publish a saved adapter and its model card on the Hugging Face hub."""
+    """Publish a saved adapter and its card on the Hugging Face hub."""
     from mlora.model.hub import main as push_main
 
     ctx.exit(push_main(**flags))

@@ -50,7 +50,7 @@ answering = all_of(
 @option("stream", "Print tokens as they come.", bool, default=False)
 @option("json", "Print a line of JSON for each answer.", bool, default=False)
 def generate(**flags: Any) -> None:
-    """Answer prompts with the base model or with adapters, all in one batch."""
+    """Answer prompts with the base model or adapters, in one batch."""
     if not flags["instruction"] and flags["prompts"] is None:
         raise click.UsageError("nothing is asked: give --instruction TEXT or --prompts FILE")
     if flags["stream"] and flags["json"]:

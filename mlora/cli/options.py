@@ -28,6 +28,8 @@ def option(flag: str, help: str, kind: Any = str, **settings: Any) -> Decorator:
     """Return the decorator that gives a command a flag; `kind` and `settings` are click's."""
     if kind is bool:  # click's own flags take no value
         settings = {"is_flag": False, "flag_value": "True", "metavar": "[True|False]"} | settings
+    elif isinstance(kind, click.IntRange | click.FloatRange):  # "INTEGER RANGE" reads as if two were wanted
+        settings = {"metavar": "INTEGER" if isinstance(kind, click.IntRange) else "FLOAT"} | settings
     return click.option(f"--{flag}", type=kind, help=help, **settings)
 
 

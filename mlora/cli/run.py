@@ -73,7 +73,7 @@ def run(ctx: click.Context, **flags: Any) -> None:
 @program.command()
 @click.pass_context
 def demo(ctx: click.Context) -> None:
-    """Train four adapters on a small real model, on the CPU, in minutes."""
+    """Train four adapters on a small model, on the CPU, in minutes."""
     from mlora.data.demo import write_demo_data
 
     click.echo("Two data sets of the project's own making are written to runs/demo/data;")

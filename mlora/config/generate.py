@@ -23,7 +23,7 @@ from mlora.config.schema import run_schema
 from mlora.config.sweep import parse_sweep
 from mlora.config.templates import find_template
 from mlora.tasks import folder_names, known_tasks
-from mlora.wording import counted
+from mlora.wording import counted, launcher
 
 _MISSPELT, _ALIKE = 0.8, 0.5
 _FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz")
@@ -116,32 +116,37 @@ def _subject(name: str, path: str | None) -> _Subject:
     if name == CASUAL and path is None:
         raise _wrong("--tasks", f"{show(CASUAL)} needs --data_path: the instruction data to train on")
     if name != CASUAL:
-        _check_data(name, known_tasks())
+        check_data(name)
     return _Subject(CASUAL, {"task_name": CASUAL, "data": path or name, "prompt": "alpaca"})
 
 
-def _check_data(name: str, tasks: list[str]) -> None:
-    """Refuse what is neither a file or folder that exists nor a hub id, a misspelt task name above all."""
+def check_data(name: str, flag: str = "--tasks") -> None:
+    """Refuse instruction data that is neither a file or folder that exists nor a hub id: misspelt task names above all.
+
+    Raises:
+        ConfigError: the message has the nearest names of tasks.
+    """
     if Path(name).expanduser().exists():
         return
     if name.endswith(_FILES) or name.startswith((".", "/", "~")):
-        raise _wrong("--tasks", f"{show(name)}: no such file or folder")
+        raise _wrong(flag, f"{show(name)}: no such file or folder")
     if name.count("/") > 1:
-        raise _wrong("--tasks", f"{show(name)}: no such file or folder, and no hub id has more than one /")
+        raise _wrong(flag, f"{show(name)}: no such file or folder, and no hub id has more than one /")
     if "/" in name:
         return
+    tasks = known_tasks()
     spellings = {task: task for task in tasks} | {task.rpartition(":")[2]: task for task in tasks}
     alike = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=_MISSPELT)
     alike = alike or difflib.get_close_matches(name.lower(), spellings, n=3, cutoff=_ALIKE)
     nearest = " or ".join(dict.fromkeys(show(spellings[spelling]) for spelling in alike))
-    hint = f"did you mean {nearest}?" if alike else "`launch.py avail` lists the tasks"
+    hint = f"did you mean {nearest}?" if alike else f"`{launcher()} avail` lists the tasks"
     message = f"{show(name)} is no task, no file or folder, and no data set of the hub, which is owner/name; {hint}"
-    raise _wrong("--tasks", message)
+    raise _wrong(flag, message)
 
 
 def _data_of_each(names: list[str], data_path: str | None) -> list[str | None]:
     if not names:
-        raise _wrong("--tasks", "names no task; `launch.py avail` lists them")
+        raise _wrong("--tasks", f"names no task; `{launcher()} avail` lists them")
     if data_path is None:
         return [None] * len(names)
     paths = [path.strip() for path in data_path.split(";")]

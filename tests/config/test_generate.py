@@ -60,7 +60,7 @@ def test_appending_counts_on_and_keeps_the_file() -> None:
         ("glue:foo", '"glue:foo" is no task, no file or folder, and no data set of the hub, which is owner/name; did '),
         ("sst", 'did you mean "glue:sst2"'),
         ("arc", 'did you mean "arc-e" or "arc-c" or "'),
-        ("nope", "`launch.py avail` lists the tasks"),
+        ("nope", "launch.py avail` lists the tasks"),
         ("squad", "owner/name"),
         ("a/b/c", "no such file or folder"),
         ("arc-e;arc-e", '"arc-e" is named twice'),
