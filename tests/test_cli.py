@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
 from mlora.cli import start
@@ -23,7 +26,7 @@ from mlora.cli.program import program
 from mlora.cli.run import train
 from mlora.config import RunOptions
 from mlora.tasks import PROTOCOLS, known_tasks
-from mlora.wording import launcher
+from mlora.wording import COMMAND, command_line, launcher
 
 ROOT = Path(__file__).parents[1]
 FAST = [
@@ -116,6 +119,23 @@ def test_commands_are_called_as_this_one_was(monkeypatch: pytest.MonkeyPatch, st
     assert launcher() == said
 
 
+def test_a_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/launch.py", "run", "--base_model", "a b"])
+    typed = ["launch.py", "run", "--base_model", "a b"]
+    assert command_line() == typed
+    _, environment = start.program(RunOptions("a b", num_processes=2))
+    monkeypatch.setattr(os, "environ", environment)  # as train.py finds it, and as each of its processes does
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py", "--base_model=a b"])
+    assert command_line() == typed and start.program(RunOptions("a b"))[1] == environment
+    monkeypatch.setattr(os, "environ", {})
+    assert command_line() == ["train.py", "--base_model=a b"]
+    began = {"TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "2"}
+    monkeypatch.setattr(os, "environ", began)
+    assert command_line() == ["torchrun", "--nproc_per_node=2", "train.py", "--base_model=a b"]
+    monkeypatch.setattr(os, "environ", began | {"GROUP_WORLD_SIZE": "3"})
+    assert command_line()[:3] == ["torchrun", "--nnodes=3", "--nproc_per_node=2"]
+
+
 def test_alone_it_tells_the_five_steps() -> None:
     result = invoke()
     assert result.exit_code == 0
@@ -135,12 +155,54 @@ def test_help_fits_80_columns(command: str) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_the_list_of_commands_is_cut_nowhere() -> None:
+    listed = invoke().output.partition("Commands:")[2].splitlines()[1:]
+    assert len(listed) == len(commands()) and not [line for line in listed if "..." in line]
+
+
+def test_a_bounded_number_is_one_number() -> None:
+    assert not [c for c in commands() if "RANGE" in invoke(c, "--help").output]
+
+
 def test_what_is_available_fits_80_columns_and_is_all_there() -> None:
     text = invoke("avail").output
     assert max(map(len, text.splitlines())) <= 80
     shown = [line.split()[0] for line in text.splitlines() if line.strip()]
     assert sorted(set(known_tasks()) - set(shown)) == []
     assert all(f"{protocol}: " in text for protocol in PROTOCOLS)
+
+
+FILES = ("what a shell completes by itself",)
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("gen --template mixl", ["mixlora", "mixlora_dynamic", "mixlora_switch"]),
+        ("gen --template ./own", FILES),
+        ("gen --tasks ob", ["obqa"]),
+        ("gen --tasks arc-e;arc-", ["arc-e;arc-c"]),
+        ("gen --tasks arc-e;./rows", FILES),
+        ("gen --data_path ", FILES),
+        ("evaluate --tasks glue:s", ["glue:sst2"]),
+        ("reproduce --tasks arc-e,ob", ["arc-e,obqa"]),
+        ("reproduce --methods lora;mixd", ["lora;mixdora"]),
+        ("generate --template c", ["chat"]),
+        ("generate --prompts ", FILES),
+        ("run --base_model mod", FILES),
+        ("run --config ", FILES),
+        ("run --dir ", FILES),
+        ("report ", FILES),
+        ("export --adapter ", FILES),
+    ],
+)
+def test_a_shell_completes_names_and_paths(typed: str, offered: Sequence[str]) -> None:
+    *words, begun = typed.split(" ")
+    found = ShellComplete(program, {}, "mlora", "_MLORA_COMPLETE").get_completions(words, begun)
+    if offered is FILES:
+        assert [item.type for item in found] == ["file"]
+    else:
+        assert [(item.type, item.value) for item in found] == [("plain", value) for value in offered]
 
 
 def test_flags_are_the_fields_of_the_options() -> None:
@@ -213,11 +275,17 @@ def test_schema_is_json() -> None:
         (["run"], "--base_model"),
         (["run", "--base_model", "m", "--config", "none.json"], "no such file"),
         (["run", "--base_model", "m", "--quantize", "3bit"], "4bit"),
+        (["run", "--base_model", "m", "--config", "empty.json"], "empty.json: is empty"),
+        (["run", "--base_model", "m", "--config", "comma.json"], "comma"),
+        (["data", "--preview", "hellaswg", "--base_model", "m"], '--preview: "hellaswg" is no task, no file or folder'),
+        (["report", "nowhere"], "nowhere: no such folder"),
         (["run", "--base_model", "m", "--config", "bad.json"], 'lora[0].lr_rate: unknown key; did you mean "lr"?'),
     ],
 )
 def test_bad_input_exits_with_2_and_says_why(arguments: list[str], message: str) -> None:
     Path("bad.json").write_text('{"lora": [{"name": "a", "lr_rate": 1}]}')
+    Path("empty.json").write_text("\n")
+    Path("comma.json").write_text('{"lora": [{"name": "a"},]}')
     done = launch(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
@@ -242,7 +310,7 @@ def test_run_starts_the_training_program(started: list[tuple[list[str], dict[str
         "--limit=3",
         "--tf32=True",
     ]
-    assert environment == dict(os.environ)
+    assert environment == dict(os.environ) | {COMMAND: shlex.join(command_line())}
 
 
 def test_run_on_several_gpus(started: list[tuple[list[str], dict[str, str]]]) -> None:

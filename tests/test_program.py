@@ -120,6 +120,9 @@ def test_a_run_goes_on_where_nobody_reads_its_output(here: Path, base: Path) -> 
         assert running.wait(120) == 0
     assert Path("results.json").exists() and Path("report.html").exists()
     assert "nobody reads the output" in Path("mlora.log").read_text()
+    typed = ["launch.py", "run", "--base_model", str(base)]
+    assert json.loads(Path("environment.json").read_text())["command"] == typed
+    assert "launch.py run --base_model tiny\n" in Path("a/README.md").read_text()
 
 
 def test_a_file_that_is_no_report_stays_and_the_run_is_done_all_the_same(
@@ -336,24 +339,37 @@ def test_dry_run_loads_no_weights_and_writes_nothing(
     for file in base.iterdir():
         if file.suffix == ".json":
             shutil.copy(file, weights)
-    write_config(
-        adapter("a", **MIXTURE),
-        adapter("b", task_name="arc-c", data=None),
-        adapter("c", task_name="casual", data="x/y"),
-    )
+    write_config(adapter("a", **MIXTURE))
     before = sorted(here.rglob("*"))
     assert main(RunOptions(str(weights), dry_run=True)) == 0
     shown = capsys.readouterr().out
     row = next(line.split() for line in shown.splitlines() if line.startswith("a "))
     assert row[1:6] == ["mixlora", "4", "4", "24", "6"] and int(row[7].replace(",", "")) > 10_000
-    assert shown.count("unknown: rows of") == 2 and "allenai/ai2_arc" in shown
-    assert "memory:" not in shown, "which takes all rows"
     assert sorted(here.rglob("*")) == before
     assert "checkpoints" in shown and "mlora.log" in shown and "router.jsonl" in shown
-    lines = shown[shown.index("writes to") :].partition("unknown")[0].splitlines()
-    assert all(len(line) <= 80 for line in lines)
-    assert main(RunOptions("meta-llama/Llama-2-7b-hf", dry_run=True)) == 0
-    assert "unknown" in capsys.readouterr().out
+    assert all(len(line) <= 80 for line in shown[shown.index("writes to") :].splitlines())
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("base_model", "settings", "said"),
+    [
+        ("nobody/nothing", {}, "--base_model nobody/nothing: is no folder here"),
+        (None, {"task_name": "arc-e", "data": None}, "adapter a: task arc-e: cannot load the split 'train' of allenai"),
+        (None, {"task_name": "casual", "data": "x/y"}, "adapter a: cannot load the split 'train' of x/y from"),
+    ],
+    ids=["base model", "task", "instruction data"],
+)
+def test_a_hub_that_does_not_answer_is_asked_once(
+    here: Path, base: Path, base_model: str | None, settings: dict, said: str, dry_run: bool
+) -> None:
+    write_config(adapter("a", **settings))
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(here / "hf")}
+    done = launch("run", "--base_model", base_model or base, *["--dry_run"] * dry_run, env=environment)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
+    assert said in done.stderr and "http://127.0.0.1:9 cannot be reached (" in done.stderr
+    assert "Without a network name" in done.stderr
 
 
 def test_a_dry_run_is_refused_where_the_run_is_and_names_only_what_is_written(

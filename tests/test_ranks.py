@@ -199,6 +199,8 @@ def test_torchrun_may_start_them(here: Path, base: Path, one: Path) -> None:  # 
     )
     assert done.returncode == 0, done.stderr
     assert_same(one, here / "out")
+    command = json.loads((here / "out" / "environment.json").read_text())["command"]
+    assert command[:3] == ["torchrun", "--nproc_per_node=2", "train.py"]
 
 
 def begun(folder: Path, steps: int) -> bool:

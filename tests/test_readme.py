@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlora.cli.program import program
+from mlora.model import load
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -23,9 +25,11 @@ def test_the_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     names: dict = {}
     exec(example, names)
     assert len(names["texts"]) == 3 and (tmp_path / "saved/plain/adapter_model.safetensors").exists()
+    saved = json.loads((tmp_path / "saved/plain/adapter_config.json").read_text())
     loading, _, tokenizer = integration.partition("tokenizer = ")
     exec(loading, names)  # the tokenizer lies on the hub, which tests do not reach
     assert names["config"].adapter_name == "default" and "base_model_name_or_path" in tokenizer
+    assert names["config"].base_model_name_or_path == saved["base_model_name_or_path"] == load.published("smollm2")
 
 
 def test_the_harness_example_names_what_is_there() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from mlora.cli.options import all_of, option
+from mlora.cli.options import PATH, all_of, names_or_path, option
 from mlora.cli.program import program
 from mlora.config.templates import template_names
-from mlora.tasks import PROTOCOLS, TASKS, Protocol
+from mlora.tasks import PROTOCOLS, TASKS, Protocol, known_tasks
 from mlora.wording import launcher
 
 OVERRIDES = [
@@ -41,11 +41,21 @@ HOW: dict[Protocol, str] = {
 
 
 @program.command()
-@option("template", f"One of {', '.join(template_names())}, or a file.", required=True)
-@option("tasks", 'Task names, paths or hub ids, joined by ";".', required=True)
+@option(
+    "template",
+    f"One of {', '.join(template_names())}, or a file.",
+    required=True,
+    shell_complete=names_or_path(template_names),
+)
+@option(
+    "tasks",
+    'Task names, paths or hub ids, joined by ";".',
+    required=True,
+    shell_complete=names_or_path(known_tasks, ";"),
+)
 @option("adapter_name", "Stem of the adapters' names. [default: the task's]")
-@option("file_name", "File to write.", default="mlora.json", show_default=True)
-@option("data_path", 'Local data: one path for each task, joined by ";", or one folder.')
+@option("file_name", "File to write.", PATH, default="mlora.json", show_default=True)
+@option("data_path", 'Local data: one path for each task, joined by ";", or one folder.', PATH)
 @option("multi_task", "One adapter for the mixture of the tasks.", bool, default=False)
 @option("sweep", 'Values to compare, one adapter each: "lr=1e-4,2e-4;r=8,16".')
 @option("append", "Add to the file rather than replace it; begins one that is not there.", bool, default=False)

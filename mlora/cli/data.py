@@ -6,16 +6,22 @@ from typing import Any
 
 import click
 
-from mlora.cli.options import base_model, base_source, option
+from mlora.cli.options import PATH, base_model, base_source, names_or_path, option
 from mlora.cli.program import program
-from mlora.tasks import PROTOCOLS
+from mlora.config.templates import prompt_names
+from mlora.tasks import PROTOCOLS, known_tasks
 
 
-@program.command(name="data")
-@option("preview", 'Task names joined by ";", instruction data, or a config.', required=True)
+@program.command(name="data", short_help="Show training rows as the model reads them.")
+@option(
+    "preview",
+    'Task names joined by ";", instruction data, or a config.',
+    required=True,
+    shell_complete=names_or_path(known_tasks, ";"),
+)
 @base_model
-@option("data_path", "Local data of the tasks.")
-@option("prompt_template", "Prompt template of instruction data.")
+@option("data_path", "Local data of the tasks.", PATH)
+@option("prompt_template", "Prompt template of instruction data.", shell_complete=names_or_path(prompt_names))
 @option("protocol", "How tasks are scored. [default: by letters where they can be]", click.Choice(PROTOCOLS))
 @option("train_on_inputs", "Whether prompts are trained on too.", bool)
 @option("on_bad_row", "What an unusable row does.", click.Choice(["error", "skip"]))

@@ -6,15 +6,15 @@ from typing import Any
 
 import click
 
-from mlora.cli.options import DTYPES, SeveralValues, base_model, base_source, log_file, option
+from mlora.cli.options import DTYPES, PATH, SeveralValues, base_model, base_source, log_file, names_or_path, option
 from mlora.cli.program import program
-from mlora.tasks import HARNESS, PROTOCOLS
+from mlora.tasks import HARNESS, PROTOCOLS, known_tasks
 
 
-@program.command(cls=SeveralValues)
+@program.command(cls=SeveralValues, short_help="Evaluate saved adapters or the base model on tasks.")
 @base_model
-@option("tasks", 'Task names, joined by ";".', required=True)
-@option("adapter", "Folder, or NAME=FOLDER; several may be given.", multiple=True)
+@option("tasks", 'Task names, joined by ";".', required=True, shell_complete=names_or_path(known_tasks, ";"))
+@option("adapter", "Folder, or NAME=FOLDER; several may be given.", multiple=True, shell_complete=names_or_path())
 @option(
     "protocol",
     f"Ways to score. [default: each task's first] {HARNESS}: tasks of lm-evaluation-harness, by its names.",
@@ -22,8 +22,8 @@ from mlora.tasks import HARNESS, PROTOCOLS
     multiple=True,
 )
 @option("num_fewshot", f"Solved rows before each prompt, of {HARNESS}.", click.IntRange(0))
-@option("data_path", 'Local data: one path for each task, joined by ";", or one folder.')
-@option("dir", "Folder of the results.", default=".", show_default=True)
+@option("data_path", 'Local data: one path for each task, joined by ";", or one folder.', PATH)
+@option("dir", "Folder of the results.", PATH, default=".", show_default=True)
 @option("limit", "Rows of each task, for a quick look.", click.IntRange(1))
 @option("batch_size", "Rows of each adapter in a forward.", click.IntRange(1), default=16, show_default=True)
 @option("cutoff_len", "Longest prompt in tokens; -1: the model's maximum.", int, default=512, show_default=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mlora.cli.options import DTYPES, base_model, base_source, hub_offline, option
+from mlora.cli.options import DTYPES, PATH, base_model, base_source, hub_offline, option
 from mlora.cli.program import program
 
 FORMS = """\
@@ -22,8 +22,8 @@ mixtral  top-k MixLoRA and its base as a stock mixture of experts:
 @program.command(name="export", help=f"Write a saved adapter in the form of another program.\n\n{FORMS}")
 @option("format", "Form to write.", click.Choice(["peft", "mixlora", "mixtral", "merged"]), required=True)
 @base_model
-@option("adapter", "Folder of the adapter.", required=True)
-@option("output", "Folder to write.", required=True)
+@option("adapter", "Folder of the adapter.", PATH, required=True)
+@option("output", "Folder to write.", PATH, required=True)
 @option("dtype", "Of a written model. [default: fp32]", DTYPES)
 @base_source
 @option("overwrite", "Replace an earlier export.", bool, default=False)
@@ -36,7 +36,7 @@ def export_(ctx: click.Context, **flags: Any) -> None:
 
 
 @program.command()
-@option("adapter", "Folder of the adapter.", required=True)
+@option("adapter", "Folder of the adapter.", PATH, required=True)
 @option("repo", "Where to: user/name, made where there is none.", required=True)
 @option("private", "A new repository is private.", bool, default=False)
 @option("revision", "Branch. [default: the main one]")
@@ -44,7 +44,7 @@ def export_(ctx: click.Context, **flags: Any) -> None:
 @hub_offline
 @click.pass_context
 def push(ctx: click.Context, **flags: Any) -> None:
-    """Publish a saved adapter and its model card on the Hugging Face hub."""
+    """Publish a saved adapter and its card on the Hugging Face hub."""
     from mlora.model.hub import main as push_main
 
     ctx.exit(push_main(**flags))

@@ -8,14 +8,19 @@ from typing import Any
 
 import click
 
-from mlora.cli.options import CONTEXT, SeveralValues, all_of, base_model, base_source, option
+from mlora.cli.options import CONTEXT, PATH, SeveralValues, all_of, base_model, base_source, names_or_path, option
 from mlora.cli.program import program
+from mlora.config.templates import prompt_names
 
 answering = all_of(
     [
         base_model,
-        option("lora_weights", "Adapter folders or hub ids, one or more.", multiple=True, metavar="PATH..."),
-        option("template", 'Prompt template, by name or path; "chat"; "none". [default: chat where the model has it]'),
+        option("lora_weights", "Adapter folders or hub ids, one or more.", PATH, multiple=True, metavar="PATH..."),
+        option(
+            "template",
+            'Prompt template, by name or path; "chat"; "none". [default: chat where the model has it]',
+            shell_complete=names_or_path(lambda: ["chat", "none", *prompt_names()]),
+        ),
         option("load_16bit", "bf16 weights. [default: on CUDA]", bool, default=False),
         option("load_8bit", "8-bit weights.", bool, default=False),
         option("load_4bit", "4-bit weights.", bool, default=False),
@@ -30,7 +35,7 @@ answering = all_of(
 @answering
 @option("instruction", "What is asked; several are answered together.", multiple=True)
 @option("input", "What the instruction is about.", default="")
-@option("prompts", "File of prompts: .txt, one a line, or .jsonl with instruction and input.")
+@option("prompts", "File of prompts: .txt, one a line, or .jsonl with instruction and input.", PATH)
 @option("base", "Let the base model answer beside the adapters.", bool, default=False)
 @option("max_new_tokens", "Tokens of an answer at most.", click.IntRange(1), default=128, show_default=True)
 @option("do_sample", "Draw tokens at random. [default: where temperature, top_p or top_k is given]", bool)
@@ -45,7 +50,7 @@ answering = all_of(
 @option("stream", "Print tokens as they come.", bool, default=False)
 @option("json", "Print a line of JSON for each answer.", bool, default=False)
 def generate(**flags: Any) -> None:
-    """Answer prompts with the base model or with adapters, all in one batch."""
+    """Answer prompts with the base model or adapters, in one batch."""
     if not flags["instruction"] and flags["prompts"] is None:
         raise click.UsageError("nothing is asked: give --instruction TEXT or --prompts FILE")
     if flags["stream"] and flags["json"]:

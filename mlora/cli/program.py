@@ -19,7 +19,7 @@ Fine-tune several adapters at once over one frozen language model.
 \b
 1. gen       python launch.py gen --template mixlora --tasks "arc-e;arc-c"
              writes mlora.json: one adapter for each task
-2. edit      open mlora.json; `launch.py schema` lists every key
+2. edit      open mlora.json; `python launch.py schema` lists every key
 3. run       python launch.py run --base_model BASE_MODEL
              trains all adapters together, then evaluates each
 4. evaluate  python launch.py evaluate --base_model BASE_MODEL \\

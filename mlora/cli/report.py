@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from mlora.cli.options import option
+from mlora.cli.options import PATH, option
 from mlora.cli.program import program
 
 
 @program.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@option("output", "File to write. [default: report.html in the RUN, or here for several]")
+@click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
+@option("output", "File to write. [default: report.html in the RUN, or here for several]", PATH)
 def report(runs: tuple[str, ...], output: str | None) -> None:
     """Write a page of tables and charts of one RUN folder or several.
 

@@ -6,20 +6,33 @@ from typing import Any
 
 import click
 
-from mlora.cli.options import DTYPES, base_model, base_source, option
+from mlora.cli.options import DTYPES, PATH, base_model, base_source, names_or_path, option
 from mlora.cli.program import program
+from mlora.config.templates import template_names
 from mlora.report.paper import TASKS
+from mlora.tasks import known_tasks
 
 
 @program.command()
 @base_model
-@option("methods", 'Templates, joined by "," or ";".', default="lora,dora,mixlora,mixdora", show_default=True)
-@option("tasks", 'Task names, joined by "," or ";". [default: the eight]', default=",".join(TASKS))
+@option(
+    "methods",
+    'Templates, joined by "," or ";".',
+    default="lora,dora,mixlora,mixdora",
+    show_default=True,
+    shell_complete=names_or_path(template_names, ",;"),
+)
+@option(
+    "tasks",
+    'Task names, joined by "," or ";". [default: the eight]',
+    default=",".join(TASKS),
+    shell_complete=names_or_path(known_tasks, ",;"),
+)
 @option("seeds", 'Seeds, joined by "," or ";".', default="1,2,3", show_default=True)
 @option("protocols", 'Ways to train and score, joined by "," or ";". [default: a task\'s first]')
 @option("multi_task", "One adapter for all tasks.", bool, default=False)
 @option("scale", "Size of the adapters.", click.Choice(["paper", "small"]), default="paper", show_default=True)
-@option("data_path", 'Local data: one path for each task, joined by ";", or one folder.')
+@option("data_path", 'Local data: one path for each task, joined by ";", or one folder.', PATH)
 @option("train_limit", "Training rows of each task.", click.IntRange(1))
 @option("test_limit", "Test rows of each task.", click.IntRange(1))
 @option("num_epochs", "Passes over the data.", click.IntRange(1))
@@ -29,7 +42,7 @@ from mlora.report.paper import TASKS
 @option("cutoff_len", "Longest sequence in tokens.", click.IntRange(1), default=512, show_default=True)
 @option("evaluate_batch_size", "Rows of an adapter in a forward.", click.IntRange(1), default=16, show_default=True)
 @option("at_once", "Adapters of a pass. [default: what memory allows]", click.IntRange(1))
-@option("dir", "Folder that all is written to.", default="runs/reproduce", show_default=True)
+@option("dir", "Folder that all is written to.", PATH, default="runs/reproduce", show_default=True)
 @option("time_limit", "Minutes after which it stops at a checkpoint.", click.FloatRange(0, min_open=True))
 @option("overwrite", "Begin again.", bool, default=False)
 @option("dry_run", "Print the grid and stop.", bool, default=False)
@@ -38,7 +51,7 @@ from mlora.report.paper import TASKS
 @option("attn_impl", "Attention implementation, by transformers' name.")
 @option("gradient_checkpointing", "Recompute layers in backward: less memory, slower.", bool, default=False)
 @base_source
-@option("log_file", "Where the log goes. [default: log.txt in --dir]", default="mlora.log")
+@option("log_file", "Where the log goes. [default: log.txt in --dir]", PATH, default="mlora.log")
 @option("debug", "Show tracebacks.", bool, default=False)
 @click.pass_context
 def reproduce(ctx: click.Context, **flags: Any) -> None:

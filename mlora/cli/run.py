@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlora.cli.options import CONTEXT, DTYPES, all_of, base_model, base_source, log_file, option
+from mlora.cli.options import CONTEXT, DTYPES, PATH, all_of, base_model, base_source, log_file, option
 from mlora.cli.program import program
 from mlora.cli.ranks import start_ranks
 from mlora.cli.start import start
@@ -21,8 +21,8 @@ RECOMPUTE = click.Choice(["auto", "none", "middle", "all"])
 run_options = all_of(
     [
         base_model,
-        option("config", "The config file.", default="mlora.json", show_default=True),
-        option("dir", "Folder that adapters are written to.", default=".", show_default=True),
+        option("config", "The config file.", PATH, default="mlora.json", show_default=True),
+        option("dir", "Folder that adapters are written to.", PATH, default=".", show_default=True),
         option("load_adapter", "Go on from saved adapters rather than new ones.", bool, default=False),
         option("inference", "Generate from prompts rather than train.", bool, default=False),
         option("evaluate", "Evaluate saved adapters rather than train.", bool, default=False),
@@ -73,7 +73,7 @@ def run(ctx: click.Context, **flags: Any) -> None:
 @program.command()
 @click.pass_context
 def demo(ctx: click.Context) -> None:
-    """Train four adapters on a small real model, on the CPU, in minutes."""
+    """Train four adapters on a small model, on the CPU, in minutes."""
     from mlora.data.demo import write_demo_data
 
     click.echo("Two data sets of the project's own making are written to runs/demo/data;")

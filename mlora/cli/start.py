@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from types import FrameType
 
 from mlora.config import RunOptions
 from mlora.config.templates import ROOT
+from mlora.wording import COMMAND, command_line
 
 
 def start(options: RunOptions) -> int:
@@ -20,7 +22,7 @@ def start(options: RunOptions) -> int:
 def program(options: RunOptions) -> tuple[list[str], dict[str, str]]:
     """Return the command of the training program and its environment."""
     script = ROOT / "train.py" if (ROOT / "train.py").exists() else ROOT / "programs" / "train.py"
-    environment = dict(os.environ)
+    environment = dict(os.environ) | {COMMAND: shlex.join(command_line())}
     if options.cuda_device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = options.cuda_device
     return [sys.executable, str(script), *options.arguments()], environment

@@ -80,11 +80,10 @@ def show(value: object) -> str:
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """Return the known word that is most like the one given, by letters and by parts; None where none is."""
     words = set(known)
-    if ELSEWHERE.get(word) in words:
-        return ELSEWHERE[word]
-    scores = {other: _likeness(word, other) for other in sorted(words)}
+    meant = {other: other for other in sorted(words)} | {o: ours for o, ours in ELSEWHERE.items() if ours in words}
+    scores = {other: _likeness(word, other) for other in meant}
     best = max(scores, key=scores.__getitem__, default="")
-    return best if scores.get(best, 0.0) >= LIKE_ENOUGH else None
+    return meant[best] if scores.get(best, 0.0) >= LIKE_ENOUGH else None
 
 
 def _likeness(word: str, other: str) -> float:

@@ -1,7 +1,7 @@
 """`launch.py gen`: a template and task names make a config file.
 
-A task that is no registered name is instruction data, a path or a hub id; the hub is not asked, so a name that looks
-like a misspelt task is refused rather than looked up.
+A task that is no registered name is instruction data: a file or folder that exists, or a hub id of the form owner/name.
+The hub is not asked, so any other name is taken for a misspelt task and refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mlora.config.errors import ConfigError, Problem, did_you_mean, show
+from mlora.config.errors import ConfigError, Problem, show
 from mlora.config.job import CASUAL
 from mlora.config.jsonfile import read_json, write_json
 from mlora.config.load import parse_config
@@ -23,9 +23,9 @@ from mlora.config.schema import run_schema
 from mlora.config.sweep import parse_sweep
 from mlora.config.templates import find_template
 from mlora.tasks import folder_names, known_tasks
-from mlora.wording import counted
+from mlora.wording import counted, launcher
 
-_MISSPELT = 0.8
+_MISSPELT, _ALIKE = 0.8, 0.5
 _FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz")
 
 
@@ -116,31 +116,37 @@ def _subject(name: str, path: str | None) -> _Subject:
     if name == CASUAL and path is None:
         raise _wrong("--tasks", f"{show(CASUAL)} needs --data_path: the instruction data to train on")
     if name != CASUAL:
-        _check_data(name, known_tasks())
+        check_data(name)
     return _Subject(CASUAL, {"task_name": CASUAL, "data": path or name, "prompt": "alpaca"})
 
 
-def _check_data(name: str, tasks: list[str]) -> None:
-    """Refuse a misspelt task name and a file that is not there."""
+def check_data(name: str, flag: str = "--tasks") -> None:
+    """Refuse instruction data that is neither a file or folder that exists nor a hub id: misspelt task names above all.
+
+    Raises:
+        ConfigError: the message has the nearest names of tasks.
+    """
     if Path(name).expanduser().exists():
         return
     if name.endswith(_FILES) or name.startswith((".", "/", "~")):
-        raise _wrong("--tasks", f"{show(name)}: no such file or folder")
-    if name.startswith("glue:"):
-        raise _wrong("--tasks", f"{show(name)} is no task{did_you_mean(name, tasks)}")
+        raise _wrong(flag, f"{show(name)}: no such file or folder")
     if name.count("/") > 1:
-        raise _wrong("--tasks", f"{show(name)}: no such file or folder, and no hub id has more than one /")
+        raise _wrong(flag, f"{show(name)}: no such file or folder, and no hub id has more than one /")
     if "/" in name:
         return
+    tasks = known_tasks()
     spellings = {task: task for task in tasks} | {task.rpartition(":")[2]: task for task in tasks}
-    match = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=_MISSPELT)
-    if match:
-        raise _wrong("--tasks", f"{show(name)} is no task; did you mean {show(spellings[match[0]])}?")
+    alike = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=_MISSPELT)
+    alike = alike or difflib.get_close_matches(name.lower(), spellings, n=3, cutoff=_ALIKE)
+    nearest = " or ".join(dict.fromkeys(show(spellings[spelling]) for spelling in alike))
+    hint = f"did you mean {nearest}?" if alike else f"`{launcher()} avail` lists the tasks"
+    message = f"{show(name)} is no task, no file or folder, and no data set of the hub, which is owner/name; {hint}"
+    raise _wrong(flag, message)
 
 
 def _data_of_each(names: list[str], data_path: str | None) -> list[str | None]:
     if not names:
-        raise _wrong("--tasks", "names no task; `launch.py avail` lists them")
+        raise _wrong("--tasks", f"names no task; `{launcher()} avail` lists them")
     if data_path is None:
         return [None] * len(names)
     paths = [path.strip() for path in data_path.split(";")]

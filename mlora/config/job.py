@@ -10,6 +10,7 @@ from mlora.adapters import Method
 from mlora.config.errors import did_you_mean, show
 from mlora.config.names import name_problem
 from mlora.tasks import Protocol, UnknownTaskError, find_task, known_tasks
+from mlora.wording import launcher
 
 CASUAL = "casual"
 """Task name of plain instruction data, which has no benchmark."""
@@ -124,7 +125,7 @@ class JobConfig(BaseModel):
         unknown = [name for name in names if name not in known_tasks()]
         if unknown:
             hint = did_you_mean(unknown[0], [*known_tasks(), CASUAL])
-            raise ValueError(f"{show(unknown[0])} is no task, `launch.py avail` lists them{hint}")
+            raise ValueError(f"{show(unknown[0])} is no task, `{launcher()} avail` lists them{hint}")
         try:
             for name in names:
                 find_task(name, info.data.get("protocol"))

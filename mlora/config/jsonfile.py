@@ -40,7 +40,8 @@ def parse_json(text: str, source: str) -> Any:
         value = json.loads(text, object_pairs_hook=_remember)
         problems = list(_repeated(value, ""))
     except json.JSONDecodeError as error:
-        message = f"is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        message = f"is not JSON: line {error.lineno}, column {error.colno}: {error.msg}{_reason(text, error.pos)}"
+        message = message if text.strip() else "is empty"
         raise ConfigError(source, [Problem("", message)]) from None
     except RecursionError:
         raise ConfigError(source, [Problem("", "is nested too deeply")]) from None
@@ -49,6 +50,12 @@ def parse_json(text: str, source: str) -> Any:
     if problems:
         raise ConfigError(source, problems)
     return value
+
+
+def _reason(text: str, place: int) -> str:
+    """Return what Python's words for the commonest slip leave out."""
+    ends = text[place : place + 1] in ("]", "}") and text[:place].rstrip().endswith(",")
+    return "; a comma stands before it, after which another value has to come" if ends else ""
 
 
 def write_json(path: str | Path, value: Any, indent: int = 4) -> None:

@@ -17,6 +17,7 @@ from mlora.config.job import JobConfig
 from mlora.config.jsonfile import read_json
 from mlora.config.run import RunConfig
 from mlora.config.schema import DEFAULT_METHOD, NO_EFFECT, entry_schema, job_keys, run_schema
+from mlora.wording import launcher
 
 _WRONG = object()
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def load_config(path: str | Path) -> RunConfig:
         ConfigError: with all that is wrong with it.
     """
     if not Path(path).exists():
-        hint = "no such file; `launch.py gen` writes one"
+        hint = f"no such file; `{launcher()} gen` writes one"
         raise ConfigError(str(path), [Problem("", hint)])
     return parse_config(read_json(path), str(path))
 
@@ -105,6 +106,10 @@ def _parse_entry(entry: object, path: str) -> tuple[JobConfig | None, list[Probl
     known = set(schema["properties"]) if cls is not None else set(job_keys())
     if cls is not None:
         problems += [_unknown_in_entry(key, cls, path) for key in entry if key not in known]
+    else:  # what is a key of no method is wrong whichever is meant
+        every = {key for other in METHODS.values() for key in entry_schema(other)["properties"]}
+        unknown = [key for key in entry if key not in every]
+        problems += [Problem(join(path, key), f"unknown key{did_you_mean(key, every)}") for key in unknown]
     values = {key: value for key, value in entry.items() if key in known}
     problems += check(values, schema, path, schema["$defs"])
     # Validators are written for values of the right type; one of a wrong type must not reach them.

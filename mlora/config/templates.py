@@ -17,6 +17,11 @@ def template_names() -> list[str]:
     return sorted(file.stem for file in TEMPLATES.glob("*.json"))
 
 
+def prompt_names() -> list[str]:
+    """Return the names of the prompt templates that ship with the project."""
+    return sorted(file.stem for file in (TEMPLATES / "prompts").glob("*.json"))
+
+
 def find_template(name_or_path: str) -> Path:
     """Return the file of a template.
 

@@ -2,7 +2,7 @@
 
 from mlora.config.job import OnBadRow
 from mlora.data.dataset import Report, Samples, load_questions, load_training_samples, task_names
-from mlora.data.errors import DataError, UnreachableError
+from mlora.data.errors import DataError
 from mlora.data.order import epoch_order
 from mlora.data.prompts import PromptTemplate, find_prompt
 from mlora.data.sources import Split, split_paths
@@ -18,7 +18,6 @@ __all__ = [
     "Sample",
     "Samples",
     "Split",
-    "UnreachableError",
     "encode",
     "encode_choices",
     "encode_question",

@@ -5,7 +5,3 @@ from __future__ import annotations
 
 class DataError(Exception):
     """Bad input data; the message names the file, line and field and says what is allowed (exit status 2)."""
-
-
-class UnreachableError(DataError):
-    """Data on a hub that cannot be reached from here; whether it is good or bad cannot be said."""

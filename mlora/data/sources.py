@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from mlora.config.names import subfolder
-from mlora.data.errors import DataError, UnreachableError
+from mlora.data.errors import DataError
 from mlora.data.readers import SourceRow, is_data_file, read_file
+from mlora.network import ask_hub, why_offline
 from mlora.tasks import Source, Task, folder_names
 from mlora.wording import counted
 
@@ -81,7 +82,10 @@ def task_rows(task: Task, data: str | None, split: Split, limit: int | None = No
         source = replace(source, hub=hub)
         if subset:
             source = replace(source, subset=subset, train_subset=None)
-    yield from _published(source, split, limit)
+    try:
+        yield from _published(source, split, limit)
+    except DataError as error:
+        raise DataError(f"task {task.name}: {error}") from error
 
 
 def instruction_rows(data: str, split: Split = "train", limit: int | None = None) -> Iterator[SourceRow]:
@@ -121,9 +125,9 @@ def hub_rows(hub: str, subset: str | None, split: str, limit: int | None = None)
     The whole data set goes into the cache, but for a limit: then rows are streamed, and no more fetched than wanted.
 
     Raises:
-        UnreachableError: there is no network, and no copy in the cache.
-        DataError: it cannot be had for another reason: no such id, subset or split.
+        DataError: there is no network and no copy in the cache, or no such id, subset or split.
     """
+    ask_hub()
     from datasets import load_dataset
     from huggingface_hub import is_offline_mode
 
@@ -135,12 +139,14 @@ def hub_rows(hub: str, subset: str | None, split: str, limit: int | None = None)
             number += 1
             yield SourceRow(f"{name}, split {split}, row {number}", values)
     except Exception as error:  # network, hub and format errors of many kinds share no base class
-        unreachable = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-        raise (UnreachableError if unreachable else DataError)(
+        offline = why_offline()
+        reason = _first_line(error) if offline is None else f"{offline}, and no cached copy was found"
+        raise DataError(
             f"cannot load the split {split!r} of {name} from the Hugging Face hub"
-            f"{f' after row {number}' if number else ''}: {_first_line(error)}. "
+            f"{f' after row {number}' if number else ''}: {reason}. "
             f"Without a network name a local file, or a folder with {split}.jsonl, in the hub's columns, by gen "
-            '--data_path or as "data" in the config, or fill the cache of `datasets` (HF_HOME) beforehand'
+            '--data_path or as "data" in the config, or fill the cache of `datasets` (HF_HOME) beforehand, which '
+            "--hub_offline reads without asking the hub"
         ) from error
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlora.export.refusal import refusal
 from mlora.export.source import NAME, Source
-from mlora.model import files, load
+from mlora.model import files
 
 
 def write(source: Source, folder: Path, title: str) -> None:
@@ -19,6 +19,5 @@ def write(source: Source, folder: Path, title: str) -> None:
         raise refusal("peft", source.method, "PEFT has no such method")
     method = source.shapes().saved_config(NAME)
     place = source.origin
-    base = load.published(place.given)
     about = files.head_task(source.folder), files.architecture(source.folder)
-    files.write(folder, method, source.tensors, base, place.revision, title, source.making(), *about)
+    files.write(folder, method, source.tensors, place.given, place.revision, title, source.making(), *about)

@@ -5,9 +5,5 @@ class ModelError(ValueError):
     """A base model that cannot be loaded or wrapped, or an adapter that does not fit it."""
 
 
-class UnreachableModelError(ModelError):
-    """A base model on a hub that cannot be had from here."""
-
-
 class AdapterFileError(ModelError):
     """An adapter folder that cannot be read: which file, what is wrong, what is allowed."""

@@ -22,6 +22,7 @@ from mlora.adapters import METHODS, Method
 from mlora.model import card
 from mlora.model.errors import AdapterFileError
 from mlora.model.head import HEAD, head_name
+from mlora.model.load import published
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -34,7 +35,7 @@ CLASSIFICATION = "SEQ_CLS"
 _HEADS = ["classifier", HEAD]
 """What PEFT lists in modules_to_save for them: names of heads in transformers, of which a model has one."""
 _PREDECESSORS_HEAD = "classifier"
-_HEAD_TASK, _ARCHITECTURE = "head_task", "base_model_type"
+_HEAD_TASK, _ARCHITECTURE, _BASE = "head_task", "base_model_type", "base_model"
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ def write(
 ) -> None:
     """Write an adapter folder and its model card.
 
+    The config names a packaged base model by its id on the hub, where other programs find it.
+
     Args:
         folder: made where absent.
         method: typed config, target modules by name.
@@ -110,10 +113,12 @@ def write(
         architecture: of the base model, as its config's `model_type` says.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = _to_file(method, tensors) | {"base_model_name_or_path": base_model, "revision": revision}
+    named = published(base_model)
+    config = _to_file(method, tensors) | {"base_model_name_or_path": named, "revision": revision}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     # beside the tensors, because PEFT warns of keys in the config that it does not know
-    said = {"format": "pt", _HEAD_TASK: head_task, _ARCHITECTURE: architecture}
+    own_name = None if named == base_model else base_model
+    said = {"format": "pt", _HEAD_TASK: head_task, _ARCHITECTURE: architecture, _BASE: own_name}
     about = {key: value for key, value in said.items() if value is not None}
     save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS, about)
     _put_in_order(folder / TENSORS)
@@ -144,7 +149,7 @@ def read(folder: Path, allow_pickle: bool) -> tuple[Method, dict[str, Tensor], s
         tensors[head_name(method)] = tensors.pop(_PREDECESSORS_HEAD)
     if config.get("task_type") == CLASSIFICATION and num_labels(method, tensors) is None:
         raise AdapterFileError(f"{folder}: task_type is {CLASSIFICATION}, but there is no tensor {head_name(method)}")
-    return method, tensors, config.get("base_model_name_or_path")
+    return method, tensors, _base(config, folder)
 
 
 def num_labels(method: Method, tensors: dict[str, Tensor]) -> int | None:
@@ -166,18 +171,25 @@ def architecture(folder: Path) -> str | None:
 def _about(folder: Path) -> dict[str, str]:
     if not (folder / TENSORS).exists():
         return {}
-    with safe_open(folder / TENSORS, "pt") as file:
-        return file.metadata() or {}
+    try:
+        with safe_open(folder / TENSORS, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{folder / TENSORS}: cannot be read: {error}") from error
 
 
 def base_model(folder: Path) -> tuple[str | None, str | None]:
-    """Return the base model that an adapter folder names, and its revision.
+    """Return the base model that an adapter folder names, a packaged one by our name, and its revision.
 
     Raises:
         AdapterFileError: the folder is no adapter's.
     """
     config = _read_json(folder)
-    return config.get("base_model_name_or_path"), config.get("revision")
+    return _base(config, folder), config.get("revision")
+
+
+def _base(config: dict[str, Any], folder: Path) -> str | None:
+    return _about(folder).get(_BASE, config.get("base_model_name_or_path"))
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

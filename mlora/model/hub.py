@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlora.model import card, files
 from mlora.model.errors import ModelError
+from mlora.network import ASKED_FOR, ask_hub, why_offline
 
 LOGIN = "log in with `hf auth login`"
 
@@ -20,13 +21,14 @@ def advice(error: BaseException, name: str) -> str:
         error: as raised, with its causes.
         name: of the repository.
     """
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     raised = list(_causes(error))
     if any(isinstance(e, errors.GatedRepoError) for e in raised) or "gated repo" in str(error):
         return f"{name} is gated: ask for access at https://huggingface.co/{name}, then {LOGIN}"
-    if constants.HF_HUB_OFFLINE or any(isinstance(e, errors.OfflineModeIsEnabled) for e in raised):
-        return "hub offline mode is set (HF_HUB_OFFLINE or --hub_offline), and no cached copy was found"
+    offline = why_offline()
+    if offline or any(isinstance(e, errors.OfflineModeIsEnabled) for e in raised):
+        return f"{offline or ASKED_FOR}, and no cached copy was found"
     if any(isinstance(e, errors.LocalTokenNotFoundError) for e in raised) or _status(raised) in (401, 403):
         return f"the hub wants to know who asks, or does not let you: {LOGIN}"
     if any(isinstance(e, errors.RepositoryNotFoundError) for e in raised):
@@ -51,7 +53,7 @@ def push(
     Raises:
         ModelError: the folder is no whole adapter, or the hub refuses; the message says what to do.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
 
     folder = Path(adapter).expanduser()
     contents = files.read(folder, allow_pickle=False)
@@ -59,8 +61,9 @@ def push(
         card.write_for_adapter(folder, None, contents[0], contents[2] or "an unknown base model", None)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}", repo, re.ASCII):
         raise ModelError(f"--repo {repo}: is not allowed; allowed: user/name, of letters, digits and ._-")
-    if constants.HF_HUB_OFFLINE:
-        raise ModelError("hub offline mode is set (HF_HUB_OFFLINE or --hub_offline); pushing needs a connection")
+    ask_hub()
+    if offline := why_offline():
+        raise ModelError(f"--repo {repo}: not pushed: {offline}; pushing needs a connection")
     api = HfApi()
     try:
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id

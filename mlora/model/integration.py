@@ -11,6 +11,7 @@ from mlora.model import files, load
 from mlora.model.errors import AdapterFileError, ModelError
 from mlora.model.hub import advice
 from mlora.model.multi import MultiAdapterModel
+from mlora.network import ask_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,6 +89,7 @@ def find_adapter(name_or_path: str) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
+    ask_hub()
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=[files.CONFIG, files.TENSORS, files.PICKLE]))
     except (OSError, ValueError) as error:

@@ -6,12 +6,16 @@ import copy
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlora.model.errors import ModelError, UnreachableModelError
+from mlora.model import gguf
+from mlora.model.errors import ModelError
+from mlora.network import ask_hub, why_offline
 from mlora.wording import install
 
 if TYPE_CHECKING:
@@ -108,7 +112,7 @@ def read_config(origin: Origin) -> PreTrainedConfig:
     """Read the base model's config without its weights, as it was written."""
     if origin.gguf is None:
         return _read_config(origin)
-    # seconds each, since its tokens are read along with it, and a run asks several times
+    # its tokens are read along with it, and a run asks several times, after the weights too
     return copy.deepcopy(_config_of_gguf(origin, os.stat(Path(origin.folder, origin.gguf)).st_mtime_ns))
 
 
@@ -232,25 +236,29 @@ def _quantization(bits: str, dtype: torch.dtype) -> Any:
     raise ModelError(f"quantization: {bits!r} is not allowed; allowed: '4bit', '8bit'")
 
 
-class _explained:
+@contextmanager
+def _explained(origin: Origin) -> Iterator[None]:
     """Turn what transformers raises about a place into one sentence that says what to do."""
-
-    def __init__(self, origin: Origin) -> None:
-        self.origin = origin
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, ModelError):
-            return
+    on_hub = not os.path.isdir(origin.folder)
+    if on_hub:
+        ask_hub()
+    try:
+        with nullcontext() if origin.gguf is None else gguf.read_once():
+            yield
+    except ModelError:
+        raise
+    except Exception as error:
+        if on_hub and (offline := why_offline()):
+            raise ModelError(
+                f"--base_model {origin.given}: is no folder here, {offline}, and no cached copy was found. "
+                "Without a network name the path of a model's folder or of a GGUF file, or smollm2"
+            ) from error
         from mlora.model.hub import advice
 
         said = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in said:
             said = "its folder holds code of its own, which only --trust_remote_code runs; look at it first"
         said = said if len(said) <= 300 else f"{said[:297]}..."
-        on_hub = isinstance(error, OSError) and not os.path.isdir(self.origin.folder)
-        hint = f" ({advice(error, self.origin.folder)}; a local model needs the path of its folder)" if on_hub else ""
-        raised = UnreachableModelError if on_hub else ModelError
-        raise raised(f"--base_model {self.origin.given}: cannot be loaded: {said}{hint}") from error
+        refused = on_hub and isinstance(error, OSError)
+        hint = f" ({advice(error, origin.folder)}; a local model needs the path of its folder)" if refused else ""
+        raise ModelError(f"--base_model {origin.given}: cannot be loaded: {said}{hint}") from error

@@ -271,7 +271,7 @@ class MultiAdapterModel(nn.Module):
         trained, own = files.architecture(folder), self.architecture
         if trained not in (None, own):
             raise ModelError(f"{folder} was trained on {base}, a {trained} model; {self.origin.given} is a {own} model")
-        if base is not None and base != self.origin.given:
+        if base is not None and load.published(base) != load.published(self.origin.given):
             log.warning("%s was trained on %s and is loaded on %s", folder, base, self.origin.given)
         try:
             adapter = self._add(name, method, None, files.num_labels(method, tensors))

@@ -73,6 +73,8 @@ def read(path: str | Path) -> Record:
         FileNotFoundError: the folder does not exist, or holds no file of a run.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
     record = Record(path, path.resolve().name)
     if not any((path / name).exists() for name in ("config.json", "metrics.jsonl", "results.json")):
         raise FileNotFoundError(f"{path}: no run folder, it holds no config.json, metrics.jsonl or results.json")

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from mlora import __version__
-from mlora.wording import install
+from mlora.wording import counted, install
 
 OPTIONAL = {
     "bitsandbytes": ("4-bit and 8-bit base models, adamw8bit", "quant"),
@@ -103,7 +103,8 @@ def machine() -> Iterator[Finding]:
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     state = "ok" if memory >= LITTLE_MEMORY else "off"
-    yield Finding(state, "processors", f"{os.cpu_count()}, {torch.get_num_threads()} threads, {_size(memory)} memory")
+    threads = counted(torch.get_num_threads(), "thread")
+    yield Finding(state, "processors", f"{os.cpu_count()}, {threads}, {_size(memory)} memory")
     if torch.cuda.is_available():
         yield from _gpus()
     else:
@@ -178,7 +179,7 @@ def optional() -> Iterator[Finding]:
         if importlib.util.find_spec(module) is None:
             yield Finding("off", module, f"{purpose}: {install(extra)}")
         else:
-            yield Finding("ok", module, f"{purpose}, {_version_of(module)}")
+            yield Finding("ok", module, f"{_version_of(module)}, for {purpose}")
     yield _kernels()
 
 

@@ -23,6 +23,7 @@ from mlora.runs.folder import RunFolder
 from mlora.runs.run import RunError
 from mlora.tasks import HARNESS, Protocol, find_task
 from mlora.training.stop import Deadline
+from mlora.wording import launcher
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Evaluation:
     def _names(self) -> list[str]:
         names = list(dict.fromkeys(task_names(self.tasks)))
         if not names:
-            raise ConfigError("--tasks", [Problem("", "names no task; `launch.py avail` lists them")])
+            raise ConfigError("--tasks", [Problem("", f"names no task; `{launcher()} avail` lists them")])
         return names
 
     def _wanted(self, adapters: Sequence[str]) -> list[Examination]:

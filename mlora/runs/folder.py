@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -321,11 +320,6 @@ def log_path(folder: str, log_file: str) -> Path:
 def now() -> str:
     """Return the time as ISO 8601 in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def command_line() -> list[str]:
-    """Return the command that started this program, its own path shortened to its name."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def _version(package: str) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlora.config import ConfigError, JobConfig, load_config
+from mlora.config.generate import check_data
 from mlora.config.job import CASUAL
 from mlora.config.jsonfile import read_json
 from mlora.config.load import parse_config
@@ -69,8 +70,11 @@ def _jobs(what: str, given: dict[str, Any]) -> tuple[int, tuple[JobConfig, ...]]
             config = load_config(path)
             return config.cutoff_len, tuple(job.model_copy(update=given) for job in config.lora)
     names = [name.strip() for name in what.split(";")]
-    subject = (
-        {"task_name": ";".join(names)} if set(names) <= set(known_tasks()) else {"task_name": CASUAL, "data": what}
-    )
+    if set(names) <= set(known_tasks()):
+        subject = {"task_name": ";".join(names)}
+    else:
+        for name in names:
+            check_data(name, "--preview")
+        subject = {"task_name": CASUAL, "data": what}
     config = parse_config({"lora": [{"name": "preview"} | subject | given]}, "--preview")
     return config.cutoff_len, config.lora

@@ -30,7 +30,7 @@ from mlora.report.grid import ranking, ranking_table
 from mlora.report.table import results_table
 from mlora.runs.answer import answer_lines
 from mlora.runs.assess import assess, examinations, of_base
-from mlora.runs.folder import RunFolder, command_line, log_path
+from mlora.runs.folder import RunFolder, log_path
 from mlora.runs.forecast import Forecast, Setting
 from mlora.runs.plan import Plan, PlannedJob, dry_plan, shapes
 from mlora.runs.report import write_report
@@ -41,6 +41,7 @@ from mlora.tasks import find_task
 from mlora.tracking import Trackers
 from mlora.training.job import MAX_SKIPPED, Job
 from mlora.training.stop import Deadline
+from mlora.wording import command_line
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -50,7 +50,8 @@ class RequestError(Exception):
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
-        self.body = {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class _Asked(BaseModel):
@@ -203,23 +204,47 @@ def router(engine: Engine) -> APIRouter:
         limit = 16 if asked.max_tokens is None else asked.max_tokens  # OpenAI's own default
         return _answer(engine, asked, adapter, "text", asked.prompts(engine.form), asked.sampling(limit))
 
+    answered: list[Any] = list(routes.routes)
+
+    @routes.api_route("{path:path}", methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+    def other(path: str, request: Request) -> Response:
+        known = [route for route in answered if route.path_regex.fullmatch(request.url.path)]
+        if not known:
+            paths = ", ".join(route.path for route in answered if "{" not in route.path)
+            raise RequestError(f"{request.url.path} does not exist; there are {paths}", None, "unknown_url", 404)
+        allowed = ", ".join(sorted({method for route in known for method in route.methods}))
+        error = RequestError(
+            f"{request.method} {request.url.path}: is not allowed; allowed: {allowed}", None, "method_not_allowed", 405
+        )
+        return JSONResponse(error.body, error.status, {"Allow": allowed})
+
     return routes
 
 
 def error_response(request: Request, error: Exception) -> Response:
     """Return an error in OpenAI's form."""
     if isinstance(error, RequestValidationError):
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"] if part != "body")
-        error = RequestError(f"{where or 'body'}: {problem['msg']}", where or None)
+        error = _refusal(error.errors()[0])
+    elif not isinstance(error, (RequestError, DataError, ValueError)):
+        error = RequestError(f"the server failed: {type(error).__name__}: {error}", status=500)
     elif not isinstance(error, RequestError):
         message = str(error)
         error = RequestError(message, message.partition(":")[0] if ":" in message else None)
     return JSONResponse(error.body, error.status)
 
 
-ERRORS: tuple[type[Exception], ...] = (RequestError, RequestValidationError, DataError, ValueError)
-"""What a request can cause; `error_response` answers each."""
+ERRORS: tuple[type[Exception], ...] = (RequestError, RequestValidationError, DataError, ValueError, Exception)
+"""What a request can cause, and what it cannot; `error_response` answers each."""
+
+
+def _refusal(problem: Mapping[str, Any]) -> RequestError:
+    """Return what is wrong with a request's body, or with one of its fields, from what pydantic says of it."""
+    if problem["type"] == "json_invalid":
+        return RequestError(f"the body is not JSON: {problem['ctx']['error']}, at character {problem['loc'][-1]}")
+    where = ".".join(str(part) for part in problem["loc"] if part != "body")
+    if not where:
+        return RequestError("the body is no JSON object, or was not sent as application/json")
+    return RequestError(f"{where}: {problem['msg']}", where)
 
 
 def _answer(

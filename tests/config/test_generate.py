@@ -57,7 +57,11 @@ def test_appending_counts_on_and_keeps_the_file() -> None:
 @pytest.mark.parametrize(
     ("tasks", "said"),
     [
-        ("glue:foo", '"glue:foo" is no task; did you mean "glue:'),
+        ("glue:foo", '"glue:foo" is no task, no file or folder, and no data set of the hub, which is owner/name; did '),
+        ("sst", 'did you mean "glue:sst2"'),
+        ("arc", 'did you mean "arc-e" or "arc-c" or "'),
+        ("nope", "launch.py avail` lists the tasks"),
+        ("squad", "owner/name"),
         ("a/b/c", "no such file or folder"),
         ("arc-e;arc-e", '"arc-e" is named twice'),
     ],
@@ -125,10 +129,11 @@ def test_tasks_that_cannot_be_meant(tasks: str) -> None:
 def test_a_local_file_is_data_whatever_its_name() -> None:
     Path("arc_e").mkdir()
     Path("rows.jsonl").touch()
-    assert jobs(generate("lora", "arc_e;rows.jsonl;squad")) == [
+    assert jobs(generate("lora", "arc_e;rows.jsonl;me/squad;me/squad:v2")) == [
         ("casual_0", "casual", "arc_e"),
         ("casual_1", "casual", "rows.jsonl"),
-        ("casual_2", "casual", "squad"),
+        ("casual_2", "casual", "me/squad"),
+        ("casual_3", "casual", "me/squad:v2"),
     ]
 
 

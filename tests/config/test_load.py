@@ -194,6 +194,14 @@ def test_unknown_keys_are_named_with_path_and_nearest_name() -> None:
     assert found["lora[1].method"].startswith("unknown key")
 
 
+def test_keys_of_no_method_are_named_where_the_method_is_misspelt() -> None:
+    entry = {"name": "a", "routing_strategy": "mixlra", "num_experts": 2, "task_nam": "piqa", "lerning_rate": 1}
+    found = problems({"lora": [entry]})
+    assert found.keys() == {"lora[0].routing_strategy", "lora[0].task_nam", "lora[0].lerning_rate"}
+    assert found["lora[0].task_nam"] == 'unknown key; did you mean "task_name"?'
+    assert found["lora[0].lerning_rate"] == 'unknown key; did you mean "lr"?', "as others call it, and misspelt"
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -291,7 +299,10 @@ def test_keys_without_effect_warn_once_for_each_file(caplog: pytest.LogCaptureFi
     [
         ('{"lora": [\n  {"name": "a",}\n]}', "line 2, column"),
         ('{"lora": [{"name": "a", "r": 1, "r": 2}]}', "lora[0].r: is given more than once"),
-        ("", "line 1, column 1"),
+        ('{"lora": [\n  {"name": "a",}\n]}', "comma"),
+        ('{"lora": [\n  {"name": "a"}, \n]}', "comma"),
+        ("", "is empty"),
+        ("lora: []", "is not JSON: line 1, column 1"),
         ("[" * 100_000, "nested too deeply"),
         ('{"lora": ' + "1" * 5000 + "}", "is not JSON"),
         ("\xff", "not UTF-8"),
@@ -305,7 +316,7 @@ def test_broken_files_say_where(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_a_missing_file_names_gen(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file; `launch.py gen` writes one"):
+    with pytest.raises(ConfigError, match="no such file; `python launch.py gen` writes one"):
         load_config(tmp_path / "mlora.json")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)

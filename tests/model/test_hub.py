@@ -52,6 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "ask_hub", lambda: None)
     return noted
 
 
@@ -111,6 +112,7 @@ def refusal(kind: type[Exception], status: int) -> Exception:
 )
 def test_refusals_say_what_to_do(error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(load, "ask_hub", lambda: None)
     wrapped = OSError("You are trying to access something")
     wrapped.__cause__ = error
     assert expected in hub.advice(error, "me/mine") and expected in hub.advice(wrapped, "me/mine")
@@ -152,7 +154,7 @@ runpy.run_path(program, run_name="__main__")
             2,
             "offline mode",
         ),
-        (["train.py", "--base_model", "BASE", "--config", "CONFIG", "--log_file", "LOG"], 2, "Offline"),
+        (["train.py", "--base_model", "BASE", "--config", "CONFIG", "--log_file", "LOG"], 2, "offline mode is set"),
         (["launch.py", "push", "--adapter", "BASE", "--repo", "no/where"], 2, "adapter_config.json is missing"),
     ],
     ids=["answers", "base from the hub", "adapter from the hub", "data from the hub", "push"],

@@ -20,7 +20,7 @@ from mlora import Batch, MultiAdapterModel
 from mlora.adapters import METHODS
 from mlora.config import ConfigError
 from mlora.model import attention, files, load
-from mlora.model.errors import AdapterFileError, ModelError, UnreachableModelError
+from mlora.model.errors import AdapterFileError, ModelError
 from mlora.model.inject import Sites
 from mlora.model.recompute import Recompute
 from tests import tinybase
@@ -274,7 +274,9 @@ def test_a_missing_base_model_is_never_looked_up_on_the_hub(name: str, said: str
 
 
 def test_an_unreachable_hub_model_says_what_to_do() -> None:
-    with pytest.raises(UnreachableModelError, match="--base_model nobody/nothing.*connection"):
+    with pytest.raises(
+        ModelError, match="--base_model nobody/nothing: is no folder here, hub offline mode .*Without a"
+    ):
         MultiAdapterModel.from_pretrained("nobody/nothing")
 
 
@@ -362,6 +364,28 @@ class TestFiles:
         model.origin = replace(model.origin, given="elsewhere/llama")
         model.load_adapter(saved, "b")
         assert "was trained on tiny-llama and is loaded on elsewhere/llama" in caplog.text
+
+    def test_r16_a_packaged_base_has_its_hub_s_name_for_others_and_ours_for_us(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        model = multi()
+        model.origin = replace(model.origin, given="smollm2")
+        model.add_adapter("a", {"r": 2})
+        model.save_adapter("a", tmp_path / "a")
+        config = json.loads((tmp_path / "a" / files.CONFIG).read_text())
+        assert config["base_model_name_or_path"] == hub
+        assert f"base_model: {hub}\n" in (tmp_path / "a" / "README.md").read_text()
+        assert files.base_model(tmp_path / "a") == ("smollm2", None), "what it was trained on, to the bit"
+        model.load_adapter(tmp_path / "a", "same")
+        model.origin = replace(model.origin, given=hub)
+        model.load_adapter(tmp_path / "a", "b")
+        model.save_adapter("b", tmp_path / "b")
+        assert files.base_model(tmp_path / "b") == (hub, None)
+        config["base_model_name_or_path"] = "smollm2"  # as it was written until now
+        (tmp_path / "b" / files.CONFIG).write_text(json.dumps(config))
+        model.load_adapter(tmp_path / "b", "c")
+        assert not caplog.text
 
     def test_what_we_cannot_compute_is_refused(self, saved: Path) -> None:
         config = json.loads((saved / "adapter_config.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from mlora.generation.form import find_form
 from mlora.generation.opened import ModelOptions, open_model
 from mlora.model.generate import complete
 
+endpoint = pytest.importorskip("mlora.serving.endpoint", reason="needs the extra 'web'")
 openai = pytest.importorskip("openai")
 
 
@@ -90,6 +92,46 @@ def test_errors_are_openais(client, settings: dict, status: int, message: str, s
         client.chat.completions.create(**asked, stream=stream)
     assert caught.value.status_code == status and message in caught.value.body["message"]
     assert caught.value.body["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "message", "code"),
+    [
+        ("POST", "/chat/completions", b"{nope", 400, "the body is not JSON: Expecting property name", None),
+        ("POST", "/chat/completions", b"[1]", 400, "the body is no JSON object", None),
+        ("POST", "/completions", b"", 400, "the body is no JSON object", None),
+        ("GET", "/models/nobody", None, 404, "model 'nobody' does not exist", "model_not_found"),
+        ("POST", "/embeddings", b"{}", 404, "/v1/embeddings does not exist; there are /v1/models, ", "unknown_url"),
+        ("GET", "/chat/completions", None, 405, "is not allowed; allowed: POST", "method_not_allowed"),
+        ("DELETE", "/models", None, 405, "is not allowed; allowed: GET", "method_not_allowed"),
+    ],
+)
+def test_what_is_no_request_of_openais_has_an_error_of_theirs(
+    client, method: str, path: str, body: bytes | None, status: int, message: str, code: str | None
+) -> None:
+    answer = client._client.request(
+        method, f"{client.base_url}{path[1:]}", content=body, headers={"Content-Type": "application/json"}
+    )
+    error = answer.json()["error"]
+    assert answer.status_code == status and message in error["message"] and error["code"] == code
+    assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert ("Allow" in answer.headers) is (status == 405)
+
+
+def test_the_client_knows_what_is_not_there(client) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.embeddings.create(model="plain", input="one")
+    assert caught.value.code == "unknown_url"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("nobody")
+    assert caught.value.code == "model_not_found" and caught.value.param == "model"
+
+
+def test_our_own_faults_are_not_the_request_s() -> None:
+    answer = endpoint.error_response(None, RuntimeError("no memory"))
+    assert answer.status_code == 500
+    error = json.loads(answer.body)["error"]
+    assert error["type"] == "server_error" and "RuntimeError: no memory" in error["message"]
 
 
 def test_a_client_that_leaves_gives_the_model_back(client) -> None:
