@@ -372,6 +372,26 @@ def test_a_hub_that_does_not_answer_is_asked_once(
     assert "Without a network name" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "--lora_weights", "no/where", "--instruction", "x"], "adapter no/where: neither a folder nor"),
+        (["evaluate", "--protocol", "lm-eval", "--tasks", "lambada_openai"], "evaluation of lambada_openai failed: "),
+    ],
+    ids=["adapter", "task of the harness"],
+)
+def test_nor_is_it_asked_for_adapters_and_the_harness_again_and_again(
+    here: Path, base: Path, words: list[str], said: str
+) -> None:
+    if "lm-eval" in words:
+        pytest.importorskip("lm_eval", reason="needs the package lm-eval")
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(here / "hf")}
+    done = launch(*words, "--base_model", base, env=environment)
+    assert done.returncode and "Retrying" not in done.stderr and said in done.stderr
+    assert "http://127.0.0.1:9 cannot be reached (" in done.stderr and "no cached copy was found" in done.stderr
+
+
 def test_a_dry_run_is_refused_where_the_run_is_and_names_only_what_is_written(
     here: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

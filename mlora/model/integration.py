@@ -11,7 +11,7 @@ from mlora.model import files, load
 from mlora.model.errors import AdapterFileError, ModelError
 from mlora.model.hub import advice
 from mlora.model.multi import MultiAdapterModel
-from mlora.network import ask_hub
+from mlora.network import ask_hub, why_offline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,9 +93,10 @@ def find_adapter(name_or_path: str) -> Path:
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=[files.CONFIG, files.TENSORS, files.PICKLE]))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
         hint = advice(error, name_or_path)
-        raise ModelError(f"adapter {name_or_path}: neither a folder nor to be had: {reason} ({hint})") from error
+        first, _, _ = str(error).strip().partition("\n")
+        reason = hint if why_offline() else f"{first} ({hint})"
+        raise ModelError(f"adapter {name_or_path}: neither a folder nor to be had: {reason}") from error
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:

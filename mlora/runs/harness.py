@@ -11,6 +11,7 @@ from mlora.config import ConfigError, Problem
 from mlora.config.errors import did_you_mean, show
 from mlora.evaluation.evaluate import BASE, conditions
 from mlora.model.multi import MultiAdapterModel
+from mlora.network import ask_hub, why_offline
 from mlora.runs.folder import RunFolder
 from mlora.tasks import HARNESS
 from mlora.training.stop import Deadline, Paused
@@ -91,6 +92,7 @@ def assess(
         try:
             found = {}
             if missing:
+                ask_hub()  # which has the rows of nearly all tasks
                 found = evaluate(
                     model,
                     missing,
@@ -107,7 +109,9 @@ def assess(
                     folder.add_result(result)
         except Exception as error:  # whatever one task fails by, the others' results must not be lost
             log.exception("evaluation of %s failed", task)
-            failures.append(f"evaluation of {task} failed: {type(error).__name__}: {error}")
+            offline = isinstance(error, OSError) and why_offline()
+            reason = f"{offline}, and no cached copy was found" if offline else f"{type(error).__name__}: {error}"
+            failures.append(f"evaluation of {task} failed: {reason}")
         all_results += [result for name in adapters for result in kept[name]]
     return all_results, failures
 
