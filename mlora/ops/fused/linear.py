@@ -103,20 +103,18 @@ class _AdaptedLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, layers: Sequence[tuple[nn.Module, Sequence[Part]]], *tensors: Any
     ) -> tuple[Tensor, ...]:
-        owned = _owned(tensors)
+        owned, stop = _owned(tensors), 0
         ctx.plans, outs, saved = [], [], []
         for frozen, parts in layers:
-            first = ctx.plans[-1].owned.stop if ctx.plans else 0
-            plan = _Plan(frozen, [], slice(first, first + len(parts)))
-            plan.groups.extend(_groups(parts, owned[plan.owned]))
-            ctx.plans.append(plan)
-        dropped = _dropped(x, [plan.groups for plan in ctx.plans])
+            here = slice(stop, stop := stop + len(parts))
+            ctx.plans.append(_Plan(frozen, list(_groups(parts, owned[here])), here))
+        dropped = _dropped(x, [group for plan in ctx.plans for group in plan.groups])
         for plan in ctx.plans:
             kept, addends = [], []
             for group in plan.groups:
                 own = owned[plan.owned][group.members]
                 a, b = narrow([t.a for t in own], x.dtype), wide([t.b for t in own], x.dtype)
-                codes = product(dropped.pop(0), a.mT, group.scaling)
+                codes = product(next(dropped), a.mT, group.scaling)
                 kept += [codes, a, b]
                 addends.append(Addend(group.tokens, _weighted(codes, own), b))
             out = frozen_product(plan.frozen, x, addends)
@@ -157,14 +155,13 @@ class _AdaptedLinears(torch.autograd.Function):
         return dx, None, *gradients
 
 
-def _dropped(x: Tensor, layers: Sequence[Sequence[_Group]]) -> list[Tensor]:
-    """Return d(x) for every group of every layer; of those of the same tokens in one pass."""
-    every = [group for groups in layers for group in groups]
+def _dropped(x: Tensor, groups: Sequence[_Group]) -> Iterator[Tensor]:
+    """Return d(x) for every group; those of the same tokens are made in one pass."""
     found: dict[int, Tensor] = {}
-    for together in _alike(every):
-        made = drop(x[every[together[0]].tokens], [every[i].dropout for i in together])
+    for together in _alike(groups):
+        made = drop(x[groups[together[0]].tokens], [groups[i].dropout for i in together])
         found |= zip(together, made, strict=True)
-    return [found[i] for i in range(len(every))]
+    return (found.pop(i) for i in range(len(groups)))
 
 
 def _add_updates(dx: Tensor, updates: Sequence[tuple[_Group, Tensor, Tensor]]) -> None:
