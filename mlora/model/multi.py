@@ -275,7 +275,7 @@ class MultiAdapterModel(nn.Module):
             log.warning("%s was trained on %s and is loaded on %s", folder, base, self.origin.given)
         try:
             adapter = self._add(name, method, None, files.num_labels(method, tensors))
-            adapter.load_file_tensors(tensors, str(folder))
+            adapter.load_file_tensors(self._without_frozen(method, tensors), str(folder))
         except ModelError as error:
             if name in self._adapters:
                 self.remove_adapter(name)
@@ -284,6 +284,19 @@ class MultiAdapterModel(nn.Module):
         if adapter.head is not None and adapter.head_task is None:
             log.warning("%s does not say what its classification head was trained for: any task may be scored", folder)
         return name
+
+    def _without_frozen(self, method: Method, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leave out the frozen weights that PEFT writes beside an adapter of the output layer.
+
+        Raises:
+            ModelError: they are not this base model's.
+        """
+        own = dict(tensors)
+        for path, site in self.sites.output.items():
+            name = f"{method.file_prefix}.{path}.base_layer.weight"
+            if (saved := own.pop(name, None)) is not None and not _same(saved, site.module.weight):
+                raise ModelError(f"{name} is not the base model's: the adapter belongs to a base that was changed")
+        return own
 
     def restore_adapter(self, name: str, tensors: dict[str, Tensor], source: str) -> None:
         """Set an adapter's tensors, all of them, from tensors named as in a file; `source` names it in errors."""
@@ -765,6 +778,14 @@ class MultiAdapterModel(nn.Module):
             rows = PaddedRows.of(batch)
             segments = [rows.segment(segment) for segment in segments]
         return Flight(segments)
+
+
+def _same(saved: Tensor, weight: Any) -> bool:
+    """Return whether a weight is a saved one, in the shorter dtype of the two; without data, of its shape."""
+    if weight.device.type == "meta" or saved.shape != weight.shape:
+        return bool(saved.shape == weight.shape)
+    saved = saved.to(weight.device)
+    return torch.equal(saved.to(weight.dtype), weight) or torch.equal(saved, weight.to(saved.dtype))
 
 
 def _module_name(adapter: str) -> str:
