@@ -21,6 +21,7 @@ SMALL = {"r": 4, "lora_dropout": 0.1}
 VARIANTS = {
     "lora": METHODS["lora"](**SMALL),
     "rslora": METHODS["lora"](**SMALL, use_rslora=True),
+    "lora-embeddings": METHODS["lora"](**SMALL, target_modules=("embed_tokens", "q_proj")),
     "lora-mlp": METHODS["lora"](**SMALL, target_modules="mlp"),
     "mixlora": METHODS["mixlora"](**SMALL, num_experts=4, router_init_range=0.5),
     "mixlora-jitter": METHODS["mixlora"](**SMALL, num_experts=3, top_k=3, jitter_noise=0.1, router_init_range=0.5),

@@ -93,6 +93,27 @@ def test_theirs_loads_here_and_agrees(method: str, family: str, tmp_path: Path) 
     assert_agree(model, "theirs", theirs)
 
 
+EMBEDDINGS = {"llama": "embed_tokens", "gemma": "embed_tokens", "gpt_neox": "embed_in", "gpt_bigcode": "wte"}
+BESIDE = {"llama": "q_proj", "gemma": "down_proj", "gpt_neox": "query_key_value", "gpt_bigcode": "c_fc"}
+
+
+@pytest.mark.parametrize("family", EMBEDDINGS)
+@pytest.mark.parametrize("method", ["lora", "rslora"])
+def test_embeddings_load_both_ways_and_agree(method: str, family: str, tmp_path: Path) -> None:
+    names = [EMBEDDINGS[family], BESIDE[family]]
+    model = multi(family)
+    model.add_adapter("x", METHODS["lora"](r=4, lora_alpha=3, target_modules=names, **METHOD[method]))
+    awaken(model)
+    model.save_adapter("x", tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(trainable_base(family), tmp_path / "ours", is_trainable=True).eval()
+    assert_agree(model, "x", theirs)
+    config = peft.LoraConfig(r=3, lora_alpha=4, target_modules=names, init_lora_weights=False, **METHOD[method])
+    theirs = peft.get_peft_model(trainable_base(family), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")  # with the frozen embeddings, where it knows their name
+    model.load_adapter(tmp_path / "theirs")
+    assert_agree(model, "theirs", theirs)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pissa_starts_trains_and_saves_as_in_peft(family: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights="pissa")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from mlora.config import RunOptions
 from mlora.model import card
@@ -330,6 +331,24 @@ def test_generate_answers_with_every_adapter(here: Path, base: Path) -> None:
         assert done.returncode == 0 and done.stdout.count("== ") == count, done.stderr
     bad = subprocess.run([*command, "--lora_weights", "./nowhere"], capture_output=True, text=True, check=False)
     assert bad.returncode == 2 and "nowhere" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_embeddings_are_trained_where_they_are_named(
+    here: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = {"embed_tokens": True, "q_proj": True, "v_proj": False}
+    write_config(adapter("named", target_modules=named), adapter("other"), train_lora_simultaneously_num=2)
+    assert main(RunOptions(str(base), dry_run=True)) == 0
+    planned = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("named "))
+    assert main(RunOptions(str(base))) == 0
+    tensors = load_file("named/adapter_model.safetensors")
+    assert int(planned[7].replace(",", "")) == sum(tensor.numel() for tensor in tensors.values())
+    learnt = tensors["base_model.model.model.embed_tokens.lora_embedding_A"]
+    assert learnt.any() and (learnt == 0).all(0).any()  # tokens that came, and tokens that did not
+    found = losses(here)
+    assert found["named"][-1] < found["named"][0]
+    assert "named" in {result["adapter"] for result in json.loads(Path("results.json").read_text())}
+    assert "embed_tokens, q_proj" in card.read(Path("named"))[1]
 
 
 def test_dry_run_loads_no_weights_and_writes_nothing(

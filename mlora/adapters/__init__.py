@@ -3,9 +3,9 @@
 import importlib
 import pkgutil
 
-from mlora.adapters.base import METHODS, BlockSite, Init, LinearSite, Method, Segment, register
+from mlora.adapters.base import METHODS, BlockSite, EmbeddingSite, Init, LinearSite, Method, Segment, register
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["METHODS", "BlockSite", "Init", "LinearSite", "Method", "Segment", "register"]
+__all__ = ["METHODS", "BlockSite", "EmbeddingSite", "Init", "LinearSite", "Method", "Segment", "register"]

@@ -104,6 +104,39 @@ class LinearSite:
 
 
 @dataclass(frozen=True, eq=False)
+class EmbeddingSite:
+    """The input embeddings of the frozen base model.
+
+    Attributes:
+        path: module path in the Hugging Face model as loaded.
+        layer: -1, of no decoder layer.
+        num_embeddings, hidden_size: V and D.
+        module: the frozen embeddings, an nn.Embedding.
+    """
+
+    path: str
+    layer: int
+    num_embeddings: int
+    hidden_size: int
+    module: nn.Module
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The token whose embedding is not trained; None for none."""
+        return self.module.padding_idx  # type: ignore[return-value]
+
+    @property
+    def scale(self) -> Tensor | float:
+        """The number by which the family multiplies what it looks up."""
+        return getattr(self.module, "embed_scale", 1.0)
+
+    @property
+    def name(self) -> str:
+        """Last part of the path, what `target_modules` names."""
+        return self.path.rpartition(".")[2]
+
+
+@dataclass(frozen=True, eq=False)
 class BlockSite:
     """A feed-forward block of the frozen base model, h = activate(ups(x)), y = down(h).
 
@@ -213,7 +246,8 @@ class Method(BaseModel):
             cls.block_as_data = "block_update" in own
 
     target_modules: tuple[str, ...] | Literal["all-linear", "attention", "mlp"] = "all-linear"
-    """Names of linear layers, {name: bool}, or a group: "all-linear", "attention", "mlp"."""
+    """Names of linear layers, {name: bool}, or a group: "all-linear", "attention", "mlp". A plain LoRA also adapts the
+    input embeddings where they are named."""
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -249,6 +283,17 @@ class Method(BaseModel):
         if update is None:
             raise NotImplementedError(f"{type(self).__name__} needs update() or linear()")
         return ops.apply_update(update, segment.dropout(x, update.dropout, site.path), out, site.bias)
+
+    def embedding_parameters(self, site: EmbeddingSite) -> dict[str, Init]:
+        """Declare the tensors that input embeddings get where they are named; {} where the method cannot adapt them."""
+        return {}
+
+    def embedding(self, p: Tensors, ids: Tensor, out: Tensor, site: EmbeddingSite) -> Tensor:
+        """Return the embeddings [n, D] of tokens ids [n] from the frozen ones out [n, D].
+
+        For methods that declare `embedding_parameters`.
+        """
+        raise NotImplementedError
 
     def block_parameters(self, site: BlockSite) -> dict[str, Init]:
         """Declare the tensors that a feed-forward block gets; {} where the method adapts single linears only."""

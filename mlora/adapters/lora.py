@@ -8,6 +8,9 @@ PiSSA  y = W x + b + s (B A - B0 A0) d(x), where A and B start at A0 and B0 and 
        rank r: the update trains W's principal directions, and the shared base stays as it is. Saved as a LoRA of
        rank 2 r, [B, -B0] [A; A0].
 
+Input embeddings that a LoRA or rsLoRA names are looked up as E[ids] + s A^T[ids] B^T, with A [r, V] zero, B [D, r]
+normal and no dropout, as PEFT's.
+
 https://arxiv.org/abs/2106.09685, https://arxiv.org/abs/2312.03732, https://arxiv.org/abs/2402.09353,
 https://arxiv.org/abs/2402.12354, https://arxiv.org/abs/2404.02948
 """
@@ -25,6 +28,7 @@ from mlora import ops
 from mlora.adapters.base import (
     BlockSite,
     Distribution,
+    EmbeddingSite,
     Init,
     LinearSite,
     Method,
@@ -112,6 +116,18 @@ class LoraConfig(LowRank):
             return plain
         norm = ops.dora_norm(site.module, plain.a, plain.b, self.scaling)
         return plain._replace(factor=p["lora_magnitude_vector"] / norm)
+
+    def embedding_parameters(self, site: EmbeddingSite) -> dict[str, Init]:
+        if self.use_dora or self.lora_init == "pissa":
+            return {}
+        return {
+            "lora_embedding_A": Init((self.r, site.num_embeddings)),
+            "lora_embedding_B": Init((site.hidden_size, self.r), "normal", 1.0),
+        }
+
+    def embedding(self, p: Tensors, ids: Tensor, out: Tensor, site: EmbeddingSite) -> Tensor:
+        a, b = p["lora_embedding_A"], p["lora_embedding_B"]
+        return ops.embedding_update(a, b, ids, out, self.scaling * site.scale, site.padding_idx)
 
     def block_update(
         self, p: Tensors, experts: Mapping[str, Tensors], x: Tensor, site: BlockSite, segment: Segment

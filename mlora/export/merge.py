@@ -1,7 +1,7 @@
 """A frozen weight and its low-rank update as one matrix.
 
-LoRA W + s B A; DoRA the same with each row brought to its magnitude m. All in float32, then rounded to the dtype that
-is written. Shapes: W [O, D], A [r, D], B [O, r], m [O].
+LoRA W + s B A; DoRA the same with each row brought to its magnitude m; embeddings E + s (B A)^T. All in float32, then
+rounded to the dtype that is written. Shapes: W [O, D], A [r, D], B [O, r], m [O]; E [V, D], A [r, V], B [D, r].
 """
 
 from __future__ import annotations
@@ -28,3 +28,16 @@ def merged(weight: Tensor, p: Mapping[str, Tensor], config: LowRank, expert: int
     whole = weight.float() + config.scaling * (own["lora_B"].float() @ own["lora_A"].float())
     magnitude = own.get("lora_magnitude_vector")
     return whole if magnitude is None else whole * (magnitude / whole.norm(dim=1))[:, None]
+
+
+@torch.no_grad()
+def merged_embeddings(weight: Tensor, p: Mapping[str, Tensor], config: LowRank) -> Tensor:
+    """Return the embeddings that compute what the frozen ones and the update compute together, float32.
+
+    Args:
+        weight: frozen, [V, D].
+        p: lora_embedding_A and lora_embedding_B.
+        config: that has the scaling.
+    """
+    a, b = p["lora_embedding_A"].float(), p["lora_embedding_B"].float()
+    return weight.float() + config.scaling * (b @ a).mT

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from mlora.adapters import LinearSite
 from mlora.adapters.lora import LoraConfig
-from mlora.export.merge import merged
+from mlora.export.merge import merged, merged_embeddings
 from mlora.export.refusal import refusal
 from mlora.export.source import NAME, Source, probe
 from mlora.export.tokenizer import write_tokenizer
@@ -32,11 +34,14 @@ def write(source: Source, folder: Path, title: str, dtype: torch.dtype) -> None:
     if type(method) is not LoraConfig:
         raise refusal("merged", method, "its updates differ from token to token, so no one weight holds them")
     model = source.weights(dtype)
-    tied = model.sites.output and model.hf_model.config.get_text_config().tie_word_embeddings
-    if tied and not model.sites.output.keys().isdisjoint(model.adapter_module(NAME).tensors):
-        raise refusal("merged", method, "it adapts an output layer that shares its weight with the embeddings")
+    sites, adapted = model.sites, model.adapter_module(NAME).tensors.keys()
+    if model.hf_model.config.get_text_config().tie_word_embeddings:
+        if sites.output.keys() & adapted:
+            raise refusal("merged", method, "it adapts an output layer that shares its weight with the embeddings")
+        if sites.embeddings.keys() & adapted:
+            raise refusal("merged", method, "it adapts embeddings that share their weight with the output layer")
     before = probe(model)
-    merge_linears(model, method)
+    merge_singles(model, method)
     _report(before, probe(model, None), dtype)
     model.sites.unwrap()
     model.hf_model.config = load.read_config(source.origin)  # with the dropout that the base was published with
@@ -48,12 +53,15 @@ def write(source: Source, folder: Path, title: str, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def merge_linears(model: MultiAdapterModel, config: LoraConfig) -> None:
-    """Merge the adapter's updates of single linear layers into their frozen weights; experts stay as they are."""
+def merge_singles(model: MultiAdapterModel, config: LoraConfig) -> None:
+    """Merge the adapter's updates of single layers into their frozen weights; experts stay as they are."""
     for path, tensors in model.adapter_module(NAME).tensors.items():
-        site = (model.sites.linears | model.sites.output).get(path)
-        if site is not None and tensors["lora_A"].ndim == 2:
-            site.module.weight.copy_(merged(site.module.weight, tensors, config))  # type: ignore[operator, arg-type]
+        site = model.sites.single.get(path)
+        if site is None or (isinstance(site, LinearSite) and tensors["lora_A"].ndim != 2):
+            continue
+        weight: Any = site.module.weight
+        merge = merged if isinstance(site, LinearSite) else merged_embeddings
+        weight.copy_(merge(weight, tensors, config))
 
 
 def _report(before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -> None:

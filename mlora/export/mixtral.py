@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from mlora.adapters import BlockSite
 from mlora.adapters.mixlora import MixLoraConfig
 from mlora.export.merge import merged
-from mlora.export.merged import EXACT, merge_linears
+from mlora.export.merged import EXACT, merge_singles
 from mlora.export.refusal import refusal
 from mlora.export.source import NAME, Source, probe, probe_ids
 from mlora.export.tokenizer import write_tokenizer
@@ -106,7 +106,7 @@ def write(source: Source, folder: Path, title: str, dtype: torch.dtype) -> None:
     model = source.weights(dtype)
     with _first_layer_only(model):
         expected = probe(model)
-    merge_linears(model, method)
+    merge_singles(model, method)
     model.sites.unwrap()
     _write_shards(model, method, target, folder, dtype)
     config.architectures, config.dtype = [target.architecture], dtype

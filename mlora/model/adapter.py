@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from mlora import ops
-from mlora.adapters import BlockSite, Init, LinearSite, Method
+from mlora.adapters import BlockSite, EmbeddingSite, Init, LinearSite, Method
 from mlora.model.errors import ModelError
 from mlora.model.head import HEAD, head_name
+
+EMBEDDINGS = ("lora_embedding_A", "lora_embedding_B")
+"""Tensors of input embeddings, parameters and no modules in PEFT, whose names in files so end there."""
+
+Site = LinearSite | BlockSite | EmbeddingSite
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +41,7 @@ class Adapter(nn.Module):
         self,
         name: str,
         method: Method,
-        linears: list[LinearSite],
+        singles: Sequence[LinearSite | EmbeddingSite],
         blocks: list[BlockSite],
         seed: int,
         device: torch.device,
@@ -48,8 +53,7 @@ class Adapter(nn.Module):
         self.inits: dict[str, dict[str, Init]] = {}
         self.layers: dict[str, int] = {}
         self.blocks = {b.path: _with_activation(b, method.activation) for b in blocks}
-        declared: list[tuple[LinearSite | BlockSite, dict[str, Init]]] = []
-        declared += [(linear, method.linear_parameters(linear)) for linear in linears]
+        declared: list[tuple[Site, dict[str, Init]]] = [(site, _single(method, site)) for site in singles]
         declared += [(block, method.block_parameters(block)) for block in blocks]
         for site, inits in declared:
             if inits:
@@ -64,7 +68,7 @@ class Adapter(nn.Module):
         """Classes of the head; None where there is none."""
         return None if self.head is None else len(self.head)
 
-    def _add(self, site: LinearSite | BlockSite, inits: dict[str, Init], seed: int, device: torch.device) -> None:
+    def _add(self, site: Site, inits: dict[str, Init], seed: int, device: torch.device) -> None:
         self.inits[site.path], self.layers[site.path] = inits, site.layer
         self.tensors[site.path] = {}
         for name, init in inits.items():
@@ -101,7 +105,8 @@ class Adapter(nn.Module):
         if self.method.peft_type != "LORA":  # the predecessors' names leave out what lies above the decoder layers
             layer = self.layers[path]
             path = f"layers.{layer}.{path.partition(f'.{layer}.')[2]}"
-        leaf = {"router": "moe_gate.weight", "lora_magnitude_vector": name}.get(name, f"{name}.weight")
+        whole = name if name in ("lora_magnitude_vector", *EMBEDDINGS) else f"{name}.weight"
+        leaf = "moe_gate.weight" if name == "router" else whole
         return f"{prefix}.{path}.{expert}{leaf}"
 
     def file_tensors(self) -> dict[str, Tensor]:
@@ -158,7 +163,12 @@ class Adapter(nn.Module):
         return stored
 
 
-def initial(init: Init, key: int, device: torch.device, site: LinearSite | BlockSite | None = None) -> Tensor:
+def _single(method: Method, site: LinearSite | EmbeddingSite) -> dict[str, Init]:
+    """Declare the tensors of what is adapted by itself."""
+    return method.linear_parameters(site) if isinstance(site, LinearSite) else method.embedding_parameters(site)
+
+
+def initial(init: Init, key: int, device: torch.device, site: Site | None = None) -> Tensor:
     """Return a tensor drawn from its declared distribution; drawn on the CPU, so equal on every device."""
     if device.type == "meta":
         return torch.empty(init.shape, device=device)

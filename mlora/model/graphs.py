@@ -293,6 +293,7 @@ class Graphs:
             (filled <= FILLING * own or (filled - own) * self._parameters <= FREE_PRODUCTS)
             and (window is None or size.tokens <= window)
             and not model.adapts_output(rows)
+            and not model.adapts_embeddings(rows)  # the sort in their backward was never recorded on a device
             and not any(model.adapters[name].counts_tokens for name in rows)
         )
 

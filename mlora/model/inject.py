@@ -1,4 +1,4 @@
-"""Wrapping a frozen Hugging Face model in place: linear layers and feed-forward blocks, nothing else.
+"""Wrapping a frozen Hugging Face model in place: linear layers, feed-forward blocks and the input embeddings.
 
 Every family's attention, cache, norms and generation stay transformers' own.
 """
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlora import ops
-from mlora.adapters import BlockSite, LinearSite, Segment
+from mlora.adapters import BlockSite, EmbeddingSite, LinearSite, Segment
 from mlora.adapters.base import BlockSteps
 from mlora.model.adapter import Adapter
+from mlora.model.embeddings import AdaptedEmbedding, obstacle
 from mlora.model.errors import ModelError
 from mlora.model.scope import Scope
 from mlora.ops.lowrank import BlockUpdate, LowRankUpdate
@@ -330,11 +331,14 @@ class Sites:
         uncalled: linear layers that the model never calls as such, by path; groups leave them out.
         layers: the decoder layers.
         output: the output layer, by its path, where it is linear; only asking for it by name adapts it.
+        embeddings: the input embeddings, by their path, where they are understood; only asking for them by name adapts
+            them.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.output: dict[str, LinearSite] = {}
+        self.embeddings: dict[str, EmbeddingSite] = {}
         self.linears: dict[str, LinearSite] = {}
         self.blocks: dict[str, BlockSite] = {}
         self.refused: dict[str, str] = {}
@@ -359,7 +363,10 @@ class Sites:
             elif path.rpartition(".")[2] in ("experts", "router") or type(module).__name__.endswith("Experts"):
                 self.refused[path] = "is a mixture of experts of the base model's own"
         inputs, output = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        self._embeddings = [path for path, module in modules.items() if module is inputs]
+        self._inputs = [path for path, module in modules.items() if module is inputs]
+        if obstacle(inputs) is None:
+            size = inputs.num_embeddings, inputs.embedding_dim
+            self.embeddings = {path: EmbeddingSite(path, -1, *size, inputs) for path in self._inputs}
         for path, module in modules.items():
             if module is output and isinstance(module, nn.Linear) and path not in self.linears:
                 self.output[path] = LinearSite(path, -1, module.in_features, module.out_features, module, False)
@@ -385,25 +392,32 @@ class Sites:
                 return
         self.unspanned[path] = "is a feed-forward block that computes something else than act(up) or act(gate) * up"
 
-    def targets(self, wanted: str | tuple[str, ...]) -> list[LinearSite]:
-        """Return the linear layers that `target_modules` names: a group, or endings of their paths.
+    @property
+    def single(self) -> dict[str, LinearSite | EmbeddingSite]:
+        """Everything that can be named to be adapted by itself, by path."""
+        return {**self.linears, **self.output, **self.embeddings}
+
+    def targets(self, wanted: str | tuple[str, ...]) -> Sequence[LinearSite | EmbeddingSite]:
+        """Return what `target_modules` names: a group of linear layers, or endings of paths.
 
         Raises:
             ModelError: a name matches nothing, or the group has parts that cannot be wrapped.
         """
         if isinstance(wanted, str):
             return self._group(wanted)
-        sites = self.linears | self.output
+        sites = self.single
         found = {name: [site for path, site in sites.items() if _ends(path, name)] for name in wanted}
         unknown = [name for name, own in found.items() if not own]
         family = type(self.model).__name__
         if unknown:
-            names = sorted({site.name for site in sites.values()})
-            asked = any(_ends(path, name) for path in self._embeddings for name in unknown)
+            names = sorted({site.name for site in (self.linears | self.output).values()})
+            asked = any(_ends(path, name) for path in self._inputs for name in unknown)
+            inputs = f"its embeddings are {', '.join(site.name for site in self.embeddings.values())}"
+            why = f"its embeddings cannot be adapted: {obstacle(self.model.get_input_embeddings())}"
             raise ModelError(
                 f"target_modules: {', '.join(map(repr, unknown))} not in {family}; "
                 f"its linear layers are {', '.join(names) or 'none'}"
-                + ("; embeddings are no linear layer and cannot be adapted" if asked else "")
+                + (f"; {inputs}" if self.embeddings else f"; {why}" if asked else "")
             )
         taken = {site.path for own in found.values() for site in own}
         for path in sorted(taken & self.uncalled):
@@ -480,12 +494,14 @@ class Sites:
                 first = path
 
     def wrap(self, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
-        """Put wrappers around every linear layer and feed-forward block; without adapters they change nothing."""
+        """Put wrappers around every linear layer, block and the embeddings; without adapters they change nothing."""
         for path, site in (self.linears | self.output).items():
             self._wrapped[path] = AdaptedLinear(site.module, site, scope, adapters)
             _replace(self.model, path, self._wrapped[path])
         for path, block in self.blocks.items():
             _replace(self.model, path, AdaptedBlock(self.model.get_submodule(path), block, scope, adapters))
+        for path, inputs in self.embeddings.items():
+            _replace(self.model, path, AdaptedEmbedding(inputs.module, inputs, scope, adapters))
 
     def exclude_from_compilation(self) -> None:
         """Keep torch's compiler out of the wrappers, which do what the segments of a batch ask for."""
@@ -495,7 +511,7 @@ class Sites:
 
     def unwrap(self) -> None:
         """Take the wrappers away again, so that the model's own names are back."""
-        for path in (*self.blocks, *self.linears, *self.output):
+        for path in (*self.blocks, *self.single):
             wrapper: Any = self.model.get_submodule(path)
             _replace(self.model, path, wrapper.frozen)
 

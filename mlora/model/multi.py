@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlora import ops
-from mlora.adapters import Method, Segment
+from mlora.adapters import EmbeddingSite, LinearSite, Method, Segment
 from mlora.model import files, head, load
 from mlora.model.adapter import Adapter
 from mlora.model.attention import PACKED, exclude_attention_from_compilation
@@ -238,19 +238,32 @@ class MultiAdapterModel(nn.Module):
         return name
 
     def _add(self, name: str, method: Method, seed: int | None, num_labels: int | None) -> Adapter:
-        linears = self.sites.targets(method.target_modules)
-        if method.peft_type != "LORA" and any(site.path in self.sites.output for site in linears):
-            output = ", ".join(self.sites.output)
-            raise ModelError(f"target_modules: {output}: only methods lora, rslora and dora can adapt the output layer")
+        singles = self.sites.targets(method.target_modules)
+        self._require_able(method, singles)
         blocks = self.sites.all_blocks() if method.spans_blocks else []
         if blocks:  # what no block spans is adapted by itself, wherever it sits
             spanned = {site.path for block in blocks for site in (*block.ups, block.down)}
-            linears = [replace(site, in_block=site.path in spanned) for site in linears]
+            singles = [
+                replace(site, in_block=site.path in spanned) if isinstance(site, LinearSite) else site
+                for site in singles
+            ]
         score = None if num_labels is None else head.declare(self.hf_model.config, num_labels)
-        adapter = Adapter(name, method, linears, blocks, self.seed if seed is None else seed, self.device, score)
+        adapter = Adapter(name, method, singles, blocks, self.seed if seed is None else seed, self.device, score)
         self.adapter_modules[_module_name(name)] = adapter
         self._adapters[name] = adapter
         return adapter
+
+    def _require_able(self, method: Method, singles: Sequence[LinearSite | EmbeddingSite]) -> None:
+        """Refuse a method that cannot adapt what lies outside of the decoder layers."""
+        single = method.peft_type == "LORA"
+        for site in singles:
+            able = "lora, rslora and dora can adapt the output layer"
+            allowed = single or site.path not in self.sites.output
+            if isinstance(site, EmbeddingSite):
+                able = 'lora and rslora with lora_init "original" or "gaussian" can adapt the embeddings'
+                allowed = single and bool(method.embedding_parameters(site))
+            if not allowed:
+                raise ModelError(f"target_modules: {site.path}: only methods {able}")
 
     def load_adapter(self, path: str | Path, name: str | None = None, allow_pickle: bool = False) -> str:
         """Load an adapter folder and return its name, the folder's where none is given.
@@ -275,7 +288,7 @@ class MultiAdapterModel(nn.Module):
             log.warning("%s was trained on %s and is loaded on %s", folder, base, self.origin.given)
         try:
             adapter = self._add(name, method, None, files.num_labels(method, tensors))
-            adapter.load_file_tensors(tensors, str(folder))
+            adapter.load_file_tensors(self._without_frozen(method, tensors), str(folder))
         except ModelError as error:
             if name in self._adapters:
                 self.remove_adapter(name)
@@ -284,6 +297,19 @@ class MultiAdapterModel(nn.Module):
         if adapter.head is not None and adapter.head_task is None:
             log.warning("%s does not say what its classification head was trained for: any task may be scored", folder)
         return name
+
+    def _without_frozen(self, method: Method, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leave out the frozen weights that PEFT writes beside adapters of the embeddings and the output layer.
+
+        Raises:
+            ModelError: they are not this base model's.
+        """
+        own = dict(tensors)
+        for path in (*self.sites.embeddings, *self.sites.output):
+            name = f"{method.file_prefix}.{path}.base_layer.weight"
+            if (saved := own.pop(name, None)) is not None and not _same(saved, self.sites.single[path].module.weight):
+                raise ModelError(f"{name} is not the base model's: the adapter belongs to a base that was changed")
+        return own
 
     def restore_adapter(self, name: str, tensors: dict[str, Tensor], source: str) -> None:
         """Set an adapter's tensors, all of them, from tensors named as in a file; `source` names it in errors."""
@@ -330,8 +356,7 @@ class MultiAdapterModel(nn.Module):
     def saved_config(self, name: str) -> Method:
         """Return an adapter's config as its file says it: target modules by name, rather than by group."""
         adapter = self.adapter_module(name)
-        sites = self.sites.linears | self.sites.output
-        targets = self.sites.names_of(sites.keys() & adapter.tensors.keys())
+        targets = self.sites.names_of(self.sites.single.keys() & adapter.tensors.keys())
         return adapter.method.as_saved().model_copy(update={"target_modules": targets})
 
     def remove_adapter(self, name: str) -> None:
@@ -710,8 +735,15 @@ class MultiAdapterModel(nn.Module):
 
     def adapts_output(self, adapters: Iterable[str | None]) -> bool:
         """Return whether one of these adapters changes the output layer."""
+        return self._adapts(self.sites.output, adapters)
+
+    def adapts_embeddings(self, adapters: Iterable[str | None]) -> bool:
+        """Return whether one of these adapters changes the input embeddings."""
+        return self._adapts(self.sites.embeddings, adapters)
+
+    def _adapts(self, paths: Iterable[str], adapters: Iterable[str | None]) -> bool:
         held = [self.adapter_module(name).tensors for name in adapters if name is not None]
-        return any(path in tensors for tensors in held for path in self.sites.output)
+        return any(path in tensors for tensors in held for path in paths)
 
     @property
     def _output_layer(self) -> Any:
@@ -765,6 +797,14 @@ class MultiAdapterModel(nn.Module):
             rows = PaddedRows.of(batch)
             segments = [rows.segment(segment) for segment in segments]
         return Flight(segments)
+
+
+def _same(saved: Tensor, weight: Any) -> bool:
+    """Return whether a weight is a saved one, in the shorter dtype of the two; without data, of its shape."""
+    if weight.device.type == "meta" or saved.shape != weight.shape:
+        return bool(saved.shape == weight.shape)
+    saved = saved.to(weight.device)
+    return torch.equal(saved.to(weight.dtype), weight) or torch.equal(saved, weight.to(saved.dtype))
 
 
 def _module_name(adapter: str) -> str:

@@ -15,6 +15,7 @@ _HOME = {
         "Stack",
         "apply_stack",
         "apply_update",
+        "embedding_update",
         "expand",
         "of_expert",
         "reduce",

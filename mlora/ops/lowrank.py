@@ -72,6 +72,23 @@ def apply_update(update: LowRankUpdate, x: Tensor, out: Tensor, bias: Tensor | N
     return out + added if update.factor is None else rescale(out, added, update.factor, bias)
 
 
+def embedding_update(
+    a: Tensor, b: Tensor, ids: Tensor, out: Tensor, scaling: float | Tensor, padding_idx: int | None = None
+) -> Tensor:
+    """Return embeddings out [n, D] with an update of them, s A^T[ids] B^T; by data, so that nothing waits.
+
+    Args:
+        a: [r, V].
+        b: [D, r].
+        ids: [n] tokens.
+        out: frozen embeddings of them.
+        scaling: s.
+        padding_idx: the token whose column of A gets no gradient; None for none.
+    """
+    codes = F.embedding(ids, a.mT, padding_idx) * scaling
+    return out + expand(codes.to(out.dtype), b, 1.0)
+
+
 class Stack(NamedTuple):
     """Updates of S adapters for as many tokens of each, made once for many inputs.
 

@@ -76,11 +76,9 @@ def test_groups_leave_it_out_and_what_cannot_be_adapted_is_named() -> None:
     model = multi()
     model.add_adapter("all", {"r": 2, "target_modules": "all-linear"})
     assert not any("lm_head" in name for name in model.adapter_tensors("all"))
-    with pytest.raises(ModelError, match="embeddings are no linear layer"):
-        model.add_adapter("e", {"r": 2, "target_modules": ["embed_tokens"]})
     with pytest.raises(ModelError, match="only methods lora"):
         model.add_adapter("m", {"routing_strategy": "mixlora", "r": 2, "target_modules": ["lm_head", "down_proj"]})
-    assert "m" not in model.adapters and "e" not in model.adapters
+    assert "m" not in model.adapters
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -121,3 +119,24 @@ def test_weights_can_be_tied_again() -> None:
     model.hf_model.tie_weights()
     assert torch.equal(model.logits(ids, mask, [None, None]), before)
     assert model.hf_model.get_output_embeddings().weight is model.hf_model.get_input_embeddings().weight
+
+
+def test_a_peft_file_of_an_output_layer_is_read(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    theirs = peft.get_peft_model(tiny("llama").requires_grad_(True), config).eval()
+    theirs.save_pretrained(tmp_path / "x")
+    model = multi()
+    model.load_adapter(tmp_path / "x")
+    ids, mask = rows(2)
+    expected = theirs(input_ids=ids, attention_mask=mask).logits
+    assert (model.logits(ids, mask, ["x", "x"]) - expected)[mask.bool()].abs().max() < 1e-5
+
+
+def test_a_peft_file_of_a_base_that_was_changed_is_refused(tmp_path: Path) -> None:
+    base = tiny("llama").requires_grad_(True)
+    base.lm_head.weight.data[7] += 1
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["lm_head"])).save_pretrained(tmp_path / "x")
+    model = multi()
+    with pytest.raises(ModelError, match=r"lm_head.base_layer.weight is not the base model's"):
+        model.load_adapter(tmp_path / "x")
+    assert not model.adapters

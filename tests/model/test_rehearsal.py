@@ -22,6 +22,7 @@ from tests.families import tiny
 SETTINGS = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 400}
 VARIANTS = {
     "lora": METHODS["lora"](r=4, lora_dropout=0.1),
+    "embeddings": METHODS["lora"](r=4, target_modules=("embed_tokens", "q_proj", "down_proj")),
     "dora": METHODS["lora"](r=4, lora_dropout=0.1, use_dora=True),
     "pissa": METHODS["lora"](r=4, lora_init="pissa"),
     "mixlora": METHODS["mixlora"](r=4, lora_dropout=0.1, num_experts=4),
@@ -32,7 +33,14 @@ VARIANTS = {
     "mixlora-switch": METHODS["mixlora-switch"](r=4, num_experts=4, expert_capacity=16),
 }
 CASES = [(variant, "llama") for variant in VARIANTS]
-CASES += [("lora", "gemma2"), ("mixlora", "gemma2"), ("dora", "gemma2"), ("lora", "phi"), ("mixlora", "qwen3")]
+CASES += [
+    ("embeddings", "gemma2"),
+    ("lora", "gemma2"),
+    ("mixlora", "gemma2"),
+    ("dora", "gemma2"),
+    ("lora", "phi"),
+    ("mixlora", "qwen3"),
+]
 
 
 def rows(lengths: tuple[int, ...]) -> dict[str, list[Row]]:
