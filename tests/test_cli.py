@@ -85,7 +85,7 @@ def test_it_takes_less_than_half_a_second_of_cpu(arguments: list[str]) -> None:
         return usage.ru_utime + usage.ru_stime
 
     taken = []
-    for _ in range(3):
+    for _ in range(5):
         before = seconds()
         assert launch(*arguments).returncode == 0
         taken.append(seconds() - before)

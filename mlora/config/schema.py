@@ -71,6 +71,7 @@ def _object(schema: Schema) -> Schema:
     return {"type": "object", "additionalProperties": False} | {k: v for k, v in schema.items() if k != "title"}
 
 
+@cache
 def _of(cls: type[BaseModel]) -> Schema:
     schema: Schema = _tidy(cls.model_json_schema())
     targets = schema["properties"].get("target_modules")
