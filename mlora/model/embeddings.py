@@ -8,7 +8,6 @@ look up (gemma's: sqrt(D)).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,21 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlora.adapters import EmbeddingSite, Segment
-from mlora.model.adapter import Adapter
-from mlora.model.scope import Scope
+from mlora.model.wrapper import Wrapper
 
 
-class AdaptedEmbedding(nn.Module):
+class AdaptedEmbedding(Wrapper):
     """The frozen input embeddings and the adapters injected at them; without an adapter of its own it only looks up."""
 
-    def __init__(self, frozen: nn.Module, site: EmbeddingSite, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
-        super().__init__()
-        self.frozen, self.site, self.scope, self.adapters = frozen, site, scope, adapters
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight: transformers ties the output layer's to it, and families read its dtype."""
-        return self.frozen.weight  # type: ignore[return-value]
+    site: EmbeddingSite
 
     def forward(self, ids: Tensor) -> Tensor:
         out = self.frozen(ids)
@@ -45,9 +36,6 @@ class AdaptedEmbedding(nn.Module):
             return out
         adapter = self.adapters[segment.adapter]  # type: ignore[index]
         return adapter.method.embedding(adapter.tensors[self.site.path], ids, out, self.site)
-
-    def _holds(self, name: str | None) -> bool:
-        return name is not None and self.site.path in self.adapters[name].tensors
 
 
 def obstacle(module: Any) -> str | None:

@@ -22,6 +22,7 @@ from mlora.model.adapter import Adapter
 from mlora.model.embeddings import AdaptedEmbedding, obstacle
 from mlora.model.errors import ModelError
 from mlora.model.scope import Scope
+from mlora.model.wrapper import Wrapper
 from mlora.ops.lowrank import BlockUpdate, LowRankUpdate
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ FEW = 16
 """Tokens of each adapter up to which a generation computes with what was kept of the adapters."""
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(Wrapper):
     """A frozen linear layer and the adapters injected at it.
 
     Attributes:
@@ -61,15 +62,11 @@ class AdaptedLinear(nn.Module):
             kernels know all updates, one operation computes all of them, and leaves theirs in the scope.
     """
 
-    def __init__(self, frozen: nn.Module, site: LinearSite, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
-        super().__init__()
-        self.frozen, self.site, self.scope, self.adapters = frozen, site, scope, adapters
-        self.followers: tuple[AdaptedLinear, ...] = ()
+    site: LinearSite
 
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight: some families read its dtype."""
-        return self.frozen.weight  # type: ignore[return-value]
+    def __init__(self, frozen: nn.Module, site: LinearSite, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
+        super().__init__(frozen, site, scope, adapters)
+        self.followers: tuple[AdaptedLinear, ...] = ()
 
     @property
     def bias(self) -> Tensor | None:
@@ -171,11 +168,8 @@ class AdaptedLinear(nn.Module):
         adapter = self.adapters[segment.adapter]  # type: ignore[index]
         return adapter.method.linear(adapter.tensors[self.site.path], x, out, self.site, segment)
 
-    def _holds(self, name: str | None) -> bool:
-        return name is not None and self.site.path in self.adapters[name].tensors
 
-
-class AdaptedBlock(nn.Module):
+class AdaptedBlock(Wrapper):
     """A frozen feed-forward block and the adapters whose experts or routers span it.
 
     Segments that kernels know are one operation; those that need the block as a whole are coroutines which advance
@@ -183,20 +177,18 @@ class AdaptedBlock(nn.Module):
     adapted linears.
     """
 
-    def __init__(self, frozen: nn.Module, site: BlockSite, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
-        super().__init__()
-        self.frozen, self.site, self.scope, self.adapters = frozen, site, scope, adapters
+    site: BlockSite
 
     def forward(self, x: Tensor) -> Tensor:
         segments = self.scope.split(x.shape[:-1])
         flat = x.flatten(0, -2)
         few = self.scope.kept is not None and len(flat) <= FEW * len(segments)
-        if few and not any(self._spans(s.adapter) for s in segments):
+        if few and not any(self._holds(s.adapter) for s in segments):
             return self.frozen(x)  # its layers keep more than kernels could
         updates = self._updates(flat, segments)
         kinds: dict[Callable[[Tensor, Sequence[Segment], Sequence[Any]], Tensor], list[int]] = {}
         for i, segment in enumerate(segments):
-            rest = self._spanned if self._spans(segment.adapter) else self._plain
+            rest = self._spanned if self._holds(segment.adapter) else self._plain
             kinds.setdefault(self._fused if i in updates else rest, []).append(i)
         if not updates and self._spanned in kinds:  # one frozen product for all
             kinds = {self._spanned: list(range(len(segments)))}
@@ -277,7 +269,7 @@ class AdaptedBlock(nn.Module):
         return torch.cat(outputs)
 
     def _steps(self, x: Tensor, segment: Segment) -> BlockSteps:
-        if not self._spans(segment.adapter):
+        if not self._holds(segment.adapter):
             return self._singly(x, segment)
         adapter = self.adapters[segment.adapter]  # type: ignore[index]
         site, tensors = adapter.blocks[self.site.path], adapter.tensors
@@ -298,9 +290,6 @@ class AdaptedBlock(nn.Module):
 
     def _linear(self, site: LinearSite) -> AdaptedLinear:
         return getattr(self.frozen, site.name)
-
-    def _spans(self, name: str | None) -> bool:
-        return name is not None and self.site.path in self.adapters[name].tensors
 
 
 def _from_zero(segments: Sequence[Segment]) -> Iterator[Segment]:
