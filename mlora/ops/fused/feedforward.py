@@ -23,8 +23,7 @@ from mlora.ops.fused.groups import dropout_form, form_of, grouped, joined, joine
 from mlora.ops.fused.masks import Dropout, dropout_of
 from mlora.ops.fused.products import (
     Addend,
-    add_dropped,
-    add_up,
+    add_updates,
     drop,
     frozen_product,
     gradients_of_a,
@@ -134,7 +133,7 @@ class _Kept(NamedTuple):
         gate_codes, up_codes: s A1 d(x) and s A3 d(x) [N, E r].
         gate_more, up_more: what the second choice has more [N, I].
         down_codes: s sum_j w_j A2 d(h_j) [N, E r].
-        matrices: of its stacks.
+        gate_narrow, ..., down_wide: the matrices of its stacks.
     """
 
     gate_codes: Tensor | None
@@ -221,13 +220,7 @@ class _FeedForward(torch.autograd.Function):
                 for (pair, code), dropout in zip(of_codes, group.dropouts, strict=False)
                 if pair is not None and code is not None
             ]
-            here = dx[group.tokens]
-            if any(dropout is not None for *_, dropout in updates):
-                products = [product(code, a) for code, a, _ in updates]
-                add_dropped(here, products, [dropout for *_, dropout in updates])
-            else:
-                for code, a, _ in updates:
-                    add_up(here, code, a)
+            add_updates(dx[group.tokens], updates)
         return dx, None, None, *gradients
 
 

@@ -20,8 +20,7 @@ from mlora.ops.fused.groups import dropout_form, form_of, grouped, joined, joine
 from mlora.ops.fused.masks import Dropout
 from mlora.ops.fused.products import (
     Addend,
-    add_dropped,
-    add_up,
+    add_updates,
     drop,
     frozen_product,
     gradients_of_a,
@@ -151,7 +150,9 @@ class _AdaptedLinears(torch.autograd.Function):
                 for part in zip(of_a, of_b, of_weights, factors[group.members], strict=True):
                     gradients += part
         if dx is not None:
-            _add_updates(dx, updates)
+            for together in _alike([group for group, *_ in updates]):
+                own = [updates[i] for i in together]
+                add_updates(dx[own[0][0].tokens], [(of_codes, a, group.dropout) for group, of_codes, a in own])
         return dx, None, *gradients
 
 
@@ -162,18 +163,6 @@ def _dropped(x: Tensor, groups: Sequence[_Group]) -> Iterator[Tensor]:
         made = drop(x[groups[together[0]].tokens], [groups[i].dropout for i in together])
         found |= zip(together, made, strict=True)
     return (found.pop(i) for i in range(len(groups)))
-
-
-def _add_updates(dx: Tensor, updates: Sequence[tuple[_Group, Tensor, Tensor]]) -> None:
-    """Add the updates' gradients of their input [n, D] to it, from those of codes and A; in one pass where masked."""
-    for together in _alike([group for group, *_ in updates]):
-        here = dx[updates[together[0]][0].tokens]
-        masked = [updates[i] for i in together if updates[i][0].dropout is not None]
-        for group, of_codes, a in (updates[i] for i in together):
-            if group.dropout is None:
-                add_up(here, of_codes, a)
-        if masked:
-            add_dropped(here, [product(codes, a) for _, codes, a in masked], [group.dropout for group, *_ in masked])
 
 
 def _alike(groups: Sequence[_Group]) -> Iterator[list[int]]:

@@ -29,6 +29,18 @@ VARYING = ["tokens", "share", "salt", "dropped"]
 """Arguments that change from batch to batch or layer to layer: kernels are not compiled anew for their values."""
 
 
+@triton.jit
+def _bits(keys, t, live, f, salt, second_salt, third_salt, COUNT: tl.constexpr):
+    """Return the random bits of up to three streams; those of the first in place of what there is not."""
+    first = mask_bits(token_keys(keys, t, live, 0, salt, False), f)
+    second, third = first, first
+    if COUNT > 1:
+        second = mask_bits(token_keys(keys, t, live, 0, second_salt, False), f)
+    if COUNT > 2:
+        third = mask_bits(token_keys(keys, t, live, 0, third_salt, False), f)
+    return first, second, third
+
+
 @triton.jit(do_not_specialize=[*VARYING, "second_salt", "third_salt"])
 def _dropout(
     x, out, second, third, keys, tokens, features, half, x_token, salt, second_salt, third_salt, dropped,
@@ -37,12 +49,7 @@ def _dropout(
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     live = t < tokens
-    bits = mask_bits(token_keys(keys, t, live, 0, salt, False), f)
-    second_bits, third_bits = bits, bits
-    if COUNT > 1:
-        second_bits = mask_bits(token_keys(keys, t, live, 0, second_salt, False), f)
-    if COUNT > 2:
-        third_bits = mask_bits(token_keys(keys, t, live, 0, third_salt, False), f)
+    bits, second_bits, third_bits = _bits(keys, t, live, f, salt, second_salt, third_salt, COUNT)
     for side in tl.static_range(2):
         both = live[:, None] & (f < (features - half if side else half))[None, :]
         column = side * half + f
@@ -63,12 +70,7 @@ def _add_dropped(
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     live = t < tokens
-    bits = mask_bits(token_keys(keys, t, live, 0, salt, False), f)
-    second_bits, third_bits = bits, bits
-    if COUNT > 1:
-        second_bits = mask_bits(token_keys(keys, t, live, 0, second_salt, False), f)
-    if COUNT > 2:
-        third_bits = mask_bits(token_keys(keys, t, live, 0, third_salt, False), f)
+    bits, second_bits, third_bits = _bits(keys, t, live, f, salt, second_salt, third_salt, COUNT)
     for side in tl.static_range(2):
         both = live[:, None] & (f < (features - half if side else half))[None, :]
         column = side * half + f
@@ -248,18 +250,21 @@ def add_up(out: Tensor, codes: Tensor, matrices: Tensor, scale: float = 1.0, bet
         torch.baddbmm(here, codes.unflatten(0, apart), matrices, beta=beta, alpha=scale, out=here)
 
 
-def add_dropped(out: Tensor, products: Sequence[Tensor], dropouts: Sequence[Dropout | None]) -> None:
-    """Add d(p) of one to three products p [N, F] to `out` [N, F], in one pass; the tokens' keys are the same."""
-    pairs = [(p, dropout) for p, dropout in zip(products, dropouts, strict=True) if dropout is not None]
-    for own, dropout in zip(products, dropouts, strict=True):
+def add_updates(out: Tensor, updates: Sequence[tuple[Tensor, Tensor, Dropout | None]]) -> None:
+    """Add d(c M) of one to three updates to `out` [N, F], from codes c [N, R] and M [G, R, F].
+
+    What is masked is added in one pass; the tokens' keys are the same.
+    """
+    masked = [(product(codes, matrices), dropout) for codes, matrices, dropout in updates if dropout is not None]
+    for codes, matrices, dropout in updates:
         if dropout is None:
-            out += own
-    if pairs and len(out):
-        known = [dropout for _, dropout in pairs]
+            add_up(out, codes, matrices)
+    if masked and len(out):
+        products, known = zip(*masked, strict=True)
         features, half = out.shape[1], half_of(out.shape[1])
         _add_dropped[(triton.cdiv(len(out), 8), triton.cdiv(half, 128))](
-            out, *_three([p for p, _ in pairs]), known[0].keys, len(out), features, half, out.stride(0),
-            *_salts(known), known[0].dropped, COUNT=len(pairs), BT=8, BF=128,
+            out, *_three(products), known[0].keys, len(out), features, half, out.stride(0), *_salts(known),
+            known[0].dropped, COUNT=len(known), BT=8, BF=128,
         )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlora.ops.fused.products import unit_stride
+
 
 @triton.jit
 def _turn(
@@ -85,9 +87,8 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
-        q_grad, k_grad = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in (q_grad, k_grad))
         cos, sin = ctx.saved_tensors
-        return *_rotate(q_grad, k_grad, cos, sin, True), None, None
+        return *_rotate(unit_stride(q_grad), unit_stride(k_grad), cos, sin, True), None, None
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
