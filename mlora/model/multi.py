@@ -32,7 +32,7 @@ from mlora.model.inject import AdaptedLinear, Sites
 from mlora.model.padded import PaddedRows
 from mlora.model.profile import RouterProfile
 from mlora.model.recompute import Recompute, What, recompute_in_backward
-from mlora.model.rotary import exclude_rotary_from_compilation, fuse_rotary
+from mlora.model.rotary import fuse_rotary
 from mlora.model.scope import Flight, Scope
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class MultiAdapterModel(nn.Module):
         self.adapter_modules = nn.ModuleDict()
         self.sites = Sites(model)
         self.sites.wrap(self.scope, self._adapters)
-        fuse_rotary(model)
+        self._exclude_rotary_from_compilation = fuse_rotary(model)
         for number, layer in enumerate(self.sites.layers):
             compile_forward(layer, lambda: self.compiled)
             recompute_in_backward(layer, self.scope, partial(self._recomputes, "all", number))
@@ -197,7 +197,7 @@ class MultiAdapterModel(nn.Module):
             self.compiled = True
             self.sites.exclude_from_compilation()
             exclude_attention_from_compilation()
-            exclude_rotary_from_compilation(self.hf_model)
+            self._exclude_rotary_from_compilation()
 
     # -- adapters ------------------------------------------------------------------------------------------------
 

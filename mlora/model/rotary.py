@@ -20,8 +20,12 @@ NAME = "apply_rotary_pos_emb"
 Apply = Callable[..., Any]
 
 
-def fuse_rotary(model: nn.Module) -> None:
-    """Let the attention layers of a model use the kernel where it is theirs."""
+def fuse_rotary(model: nn.Module) -> Callable[[], None]:
+    """Let the attention layers of a model use the kernel where it is theirs.
+
+    Returns:
+        What keeps torch's compiler out of it.
+    """
     known: dict[Apply, dict[str, Any] | None] = {}
     for module in model.modules():
         forward: Any = type(module).forward
@@ -37,13 +41,12 @@ def fuse_rotary(model: nn.Module) -> None:
             ours.__kwdefaults__ = forward.__kwdefaults__
             module.forward = MethodType(ours, module)
 
+    def exclude_from_compilation() -> None:
+        for around in known.values():
+            if around is not None:
+                around[NAME] = torch.compiler.disable(around[NAME])
 
-def exclude_rotary_from_compilation(model: nn.Module) -> None:
-    """Keep torch's compiler out of the kernel."""
-    for module in model.modules():
-        forward: Any = module.__dict__.get("forward")
-        if isinstance(forward, MethodType) and NAME in (around := forward.__func__.__globals__):
-            around[NAME] = torch.compiler.disable(around[NAME])
+    return exclude_from_compilation
 
 
 def _turns_halves(apply: Apply) -> bool:
