@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from mlora.adapters import METHODS
-from mlora.export import main as export
 from mlora.model.batch import Batch
 from mlora.model.embeddings import obstacle
 from mlora.model.errors import ModelError
@@ -21,6 +19,7 @@ from mlora.model.multi import MultiAdapterModel
 from tests import tinybase
 from tests.families import awaken, multi, rows, tiny
 from tests.model.test_graphs import Rerun, draw_rows
+from tests.model.test_output_layer import assert_merged, export_as, saved
 from tests.test_laws import obeys
 from tests.test_peft import gradients
 
@@ -150,21 +149,13 @@ def test_a_peft_file_whose_output_layer_follows_is_refused(tmp_path: Path) -> No
 def test_they_are_merged_where_the_output_layer_stays_as_it_is(
     tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = tinybase.save(tmp_path / "base", tie_word_embeddings=tied)
-    model = MultiAdapterModel.from_pretrained(str(base))
-    model.add_adapter("x", {"r": 4, "target_modules": ["embed_tokens", "q_proj"]})
-    awaken(model)
-    model.save_adapter("x", tmp_path / "x")
-    places = {"base_model": str(base), "adapter": str(tmp_path / "x"), "output": str(tmp_path / "out")}
-    status = export("merged", **places, dtype=None, revision=None, trust_remote_code=False, overwrite=False)
+    model, places = saved(tmp_path, ["embed_tokens", "q_proj"], tie_word_embeddings=tied)
+    status = export_as("merged", places)
     if tied:
         assert status == 2 and "share their weight with the output layer" in capsys.readouterr().err
     else:
-        ids, mask = rows(2)
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids[:1, :4]).logits
-        assert (merged - model.logits(ids[:1, :4], mask[:1, :4], ["x"])).abs().max() < 1e-4
-    places["output"] = str(tmp_path / "peft")
-    assert export("peft", **places, dtype=None, revision=None, trust_remote_code=False, overwrite=False) == 0
+        assert_merged(model, tmp_path)
+    assert export_as("peft", places | {"output": str(tmp_path / "peft")}) == 0
     model.load_adapter(tmp_path / "peft")
     assert torch.equal(model.logits(*rows(2), ["peft"] * 2), model.logits(*rows(2), ["x"] * 2))
 

@@ -19,6 +19,28 @@ peft = pytest.importorskip("peft")
 TARGETS = ("lm_head", "q_proj")
 
 
+def saved(folder: Path, targets: list[str], **settings: object) -> tuple[MultiAdapterModel, dict[str, str]]:
+    """Return a model with an adapter "x" that has an effect, and the paths of an export of it from a folder."""
+    base = tinybase.save(folder / "base", **settings)
+    model = MultiAdapterModel.from_pretrained(str(base))
+    model.add_adapter("x", {"r": 4, "target_modules": targets})
+    awaken(model)
+    model.save_adapter("x", folder / "x")
+    return model, {"base_model": str(base), "adapter": str(folder / "x"), "output": str(folder / "out")}
+
+
+def export_as(form: str, places: dict[str, str]) -> int:
+    """Return the status of an export."""
+    return export(form, **places, dtype=None, revision=None, trust_remote_code=False, overwrite=False)
+
+
+def assert_merged(model: MultiAdapterModel, folder: Path) -> None:
+    """Hold what was exported to the folder `out` to the adapter "x"."""
+    ids, mask = rows(2)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "out")(ids[:1, :4]).logits
+    assert (merged - model.logits(ids[:1, :4], mask[:1, :4], ["x"])).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_it_is_pefts(tied: bool, settings: dict, tmp_path: Path) -> None:
@@ -85,19 +107,12 @@ def test_groups_leave_it_out_and_what_cannot_be_adapted_is_named() -> None:
 def test_it_is_merged_where_the_embeddings_stay_as_they_are(
     tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = tinybase.save(tmp_path / "base", tie_word_embeddings=tied)
-    model = MultiAdapterModel.from_pretrained(str(base))
-    model.add_adapter("x", {"r": 4, "target_modules": list(TARGETS)})
-    awaken(model)
-    model.save_adapter("x", tmp_path / "x")
-    places = {"base_model": str(base), "adapter": str(tmp_path / "x"), "output": str(tmp_path / "out")}
-    status = export("merged", **places, dtype=None, revision=None, trust_remote_code=False, overwrite=False)
+    model, places = saved(tmp_path, list(TARGETS), tie_word_embeddings=tied)
+    status = export_as("merged", places)
     if tied:
         assert status == 2 and "shares its weight with the embeddings" in capsys.readouterr().err
         return
-    ids, mask = rows(2)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids[:1, :4]).logits
-    assert (merged - model.logits(ids[:1, :4], mask[:1, :4], ["x"])).abs().max() < 1e-4
+    assert_merged(model, tmp_path)
 
 
 def test_losses_of_others_still_pass_the_wrapper_by(monkeypatch: pytest.MonkeyPatch) -> None:
