@@ -220,7 +220,7 @@ BlockSteps = Generator[Any, Any, Any]
 class Method(BaseModel):
     """Base of all methods: what the adapters, the files and the trainer ask of one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     method: ClassVar[str] = ""
     peft_type: ClassVar[str] = ""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class ExpertLora(BaseModel):
     """LoRA settings of the experts alone; what is left out is taken from the adapter."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     r: int | None = Field(None, ge=1)
     """Rank of an expert's updates."""

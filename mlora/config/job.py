@@ -36,7 +36,7 @@ def _whole_batch(earlier: dict[str, Any]) -> int:
 class JobConfig(BaseModel):
     """One adapter: what it learns from, how it is optimized, and its method."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     name: str
     """Name of the adapter and of its folder: letters, digits and ._- only, at most 64, unlike the others' even in

@@ -17,7 +17,7 @@ Positive = Annotated[int, Field(ge=1)]
 class RunConfig(BaseModel):
     """Settings of a run, and one job for each of its adapters."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     cutoff_len: Literal[-1] | Positive = 512
     """Longest sequence in tokens; -1 is the base model's maximum."""

@@ -5,10 +5,16 @@ An adapter entry is one flat object, its job's keys beside its method's, so each
 
 from __future__ import annotations
 
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema
 
 from mlora.adapters import METHODS, Method
 from mlora.config.job import JobConfig
@@ -73,11 +79,52 @@ def _object(schema: Schema) -> Schema:
 
 @cache
 def _of(cls: type[BaseModel]) -> Schema:
-    schema: Schema = _tidy(cls.model_json_schema())
+    schema: Schema = _tidy(cls.model_json_schema(schema_generator=_WithDocstrings))
     targets = schema["properties"].get("target_modules")
     if targets is not None:  # the predecessors' form, which the method turns into names before it is validated
         targets["anyOf"].append({"type": "object", "additionalProperties": {"type": "boolean"}})
     return schema
+
+
+class _WithDocstrings(GenerateJsonSchema):
+    """Keys are described by the docstrings below them.
+
+    Pydantic itself would read every source whenever its class is made, which is at the start of every command.
+    """
+
+    def model_schema(self, schema: Any) -> Schema:
+        described: Schema = super().model_schema(schema)
+        texts = _docstrings(schema["cls"])
+        for key, part in described.get("properties", {}).items():
+            if key in texts:
+                part["description"] = texts[key]
+        return described
+
+
+@cache
+def _docstrings(cls: type) -> dict[str, str]:
+    """Return the docstrings of a model's keys; of several parents' the first's, from which pydantic has the key."""
+    if not issubclass(cls, BaseModel) or cls is BaseModel:
+        return {}
+    inherited = {key: text for base in reversed(cls.__bases__) for key, text in _docstrings(base).items()}
+    return inherited | _docstrings_in(cls.__module__).get(cls.__qualname__, {})
+
+
+@cache
+def _docstrings_in(module: str) -> dict[str, dict[str, str]]:
+    """Return the docstrings below the annotated attributes of a module's classes; none of what was typed in."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError):
+        return {}
+    return {cls.name: dict(_pairs(cls)) for cls in tree.body if isinstance(cls, ast.ClassDef)}
+
+
+def _pairs(cls: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for above, below in pairwise(cls.body):
+        match above, below:
+            case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield key, inspect.cleandoc(text)
 
 
 def _tidy(schema: Any) -> Any:

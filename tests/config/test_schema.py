@@ -25,6 +25,26 @@ def test_every_key_of_every_method_is_described() -> None:
             assert "\n" not in part["description"]
 
 
+@pytest.mark.parametrize(
+    ("name", "default", "meaning"),
+    [
+        ("loramoe", False, "Whether the load balancing loss is trained."),
+        ("mola", True, "Whether the auxiliary losses of the router are trained."),
+    ],
+)
+def test_a_key_of_two_parents_is_described_by_the_one_it_is_of(name: str, default: bool, meaning: str) -> None:
+    key = entry_schema(METHODS[name])["properties"]["router_loss"]
+    assert (key["default"], key["description"]) == (default, meaning)
+
+
+def test_a_method_without_a_source_has_a_schema() -> None:
+    module: dict[str, Any] = {"__name__": "typed_in"}
+    exec("from mlora.adapters.lora import LoraConfig\nclass Typed(LoraConfig):\n    extra: int = 1\n", module)
+    properties = entry_schema(module["Typed"])["properties"]
+    assert properties["extra"] == {"default": 1, "type": "integer"}
+    assert properties["r"]["description"]
+
+
 def test_it_is_json_and_every_reference_leads_somewhere() -> None:
     schema = file_schema()
     assert json.loads(json.dumps(schema)) == schema
