@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlora.adapters import EmbeddingSite, Segment
+from mlora.model.scope import apart
 from mlora.model.wrapper import Wrapper
 
 
@@ -27,8 +28,9 @@ class AdaptedEmbedding(Wrapper):
         out = self.frozen(ids)
         if not any(self._holds(name) for name in self.scope.names()):
             return out
-        segments, flat, rows = self.scope.split(ids.shape), ids.flatten(), out.flatten(0, -2)
-        parts = [self._adapt(flat[s.start : s.stop], rows[s.start : s.stop], s) for s in segments]
+        segments = self.scope.split(ids.shape)
+        each = zip(apart(ids.flatten(), segments), apart(out.flatten(0, -2), segments), segments, strict=True)
+        parts = [self._adapt(*own) for own in each]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(out.shape)
 
     def _adapt(self, ids: Tensor, out: Tensor, segment: Segment) -> Tensor:

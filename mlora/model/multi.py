@@ -21,19 +21,20 @@ from torch import Tensor, nn
 
 from mlora import ops
 from mlora.adapters import EmbeddingSite, LinearSite, Method, Segment
-from mlora.model import files, head, load
+from mlora.model import files, head, load, probe
 from mlora.model.adapter import Adapter
 from mlora.model.attention import PACKED, exclude_attention_from_compilation
-from mlora.model.batch import Batch, Row
+from mlora.model.batch import Batch
 from mlora.model.card import Making
 from mlora.model.compiled import compile_forward
 from mlora.model.errors import ModelError
-from mlora.model.inject import AdaptedLinear, Sites
+from mlora.model.linear import AdaptedLinear
 from mlora.model.padded import PaddedRows
 from mlora.model.profile import RouterProfile
 from mlora.model.recompute import Recompute, What, recompute_in_backward
 from mlora.model.rotary import fuse_rotary
 from mlora.model.scope import Flight, Scope
+from mlora.model.sites import Sites
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -492,7 +493,7 @@ class MultiAdapterModel(nn.Module):
         for name, score in heads.items():
             if score is None:
                 raise ModelError(f"adapter {name!r} has no classification head")
-        hidden = self._hidden_states(self._flight(batch, False), batch)
+        hidden = self.packed_hidden_states(batch)
         found = zip(batch.spans, heads.items(), strict=True)
         return {name: head.class_logits(hidden, span, score) for span, (name, score) in found if score is not None}
 
@@ -510,7 +511,7 @@ class MultiAdapterModel(nn.Module):
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy [N] of targets [N] after hidden states [N, D]; where `outputs_plainly`."""
-        return ops.token_losses(hidden, self._output_layer, targets)
+        return ops.token_losses(hidden, self.output_layer, targets)
 
     def _token_losses(self, flight: Flight, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what the output layer reads [T, D] and the loss of each target [N]."""
@@ -531,7 +532,7 @@ class MultiAdapterModel(nn.Module):
             adapters: name for each row; None for the plain base model.
         """
         batch = Batch.from_rows(input_ids, attention_mask, None, adapters).to(self.device)
-        packed = self._run(self._flight(batch, False), batch, None).float()
+        packed = self.packed_logits(batch).float()
         out = packed.new_zeros(*input_ids.shape, packed.shape[-1])
         for row, tokens in zip(batch.order, packed.split(batch.lengths), strict=True):
             out[row, attention_mask[row].bool().to(out.device)] = tokens
@@ -586,9 +587,9 @@ class MultiAdapterModel(nn.Module):
             token_ids: [N, C] of the options to compare.
         """
         if self.adapts_output(batch.adapters):
-            return self._run(self._flight(batch, False), batch, positions).float().gather(1, token_ids)
-        hidden = self._hidden_states(self._flight(batch, False), batch)[positions]
-        layer = self._output_layer
+            return self.packed_logits(batch, positions).float().gather(1, token_ids)
+        hidden = self.packed_hidden_states(batch)[positions]
+        layer = self.output_layer
         logits = torch.einsum("nd,ncd->nc", hidden.float(), layer.weight[token_ids].float())
         bias = getattr(layer, "bias", None)
         return logits if bias is None else logits + bias[token_ids].float()
@@ -603,7 +604,7 @@ class MultiAdapterModel(nn.Module):
             tokens: [N] that follow there.
         """
         unique, which = positions.unique(return_inverse=True)
-        logits = self._run(self._flight(batch, False), batch, unique).float()
+        logits = self.packed_logits(batch, unique).float()
         own = logits[which, tokens] - logits.logsumexp(-1)[which]
         return own, logits.argmax(-1)[which] == tokens
 
@@ -629,99 +630,21 @@ class MultiAdapterModel(nn.Module):
         finally:
             self.scope.observe = None
 
-    @torch.no_grad()
     def check_packing(self) -> None:
-        """Find a way to compute sequences side by side that do not see each other, whatever the family does.
-
-        The packed attention is tried first, then transformers' own block masks, then padded rows. Linear layers that
-        the family never calls are left out from then on. Also find out whether the family's logits are its output
-        layer's and nothing more (some cap or scale them), so that losses need not hold them all.
+        """Find out how the family computes sequences side by side, and take the first way that keeps them apart.
 
         Raises:
             ModelError: the family mixes sequences all the same, or its tokens see those that follow.
         """
-        family, wanted = type(self.hf_model).__name__, self.hf_model.config._attn_implementation
-        candidates = (PACKED, "sdpa", "eager") if wanted == PACKED else (wanted,)
-        if wanted == PACKED and not self._follows("eager"):  # its attention is its own, and so must its masks be
-            self.hf_model.config._attn_implementation = "eager"
-            candidates = ("eager",)
-        why = "the logits of sequences side by side differ from those of each alone"
-        for self.padded in (False, True):
-            for attention in candidates:
-                try:
-                    self.hf_model.set_attn_implementation(attention)
-                    with self.sites.only_called():
-                        fits = self._keeps_apart()
-                except (torch.OutOfMemoryError, ModelError):
-                    raise
-                except Exception as error:  # whatever a family raises, the answer is to try the next
-                    why = str(error).partition("\n")[0] or type(error).__name__
-                    continue
-                if fits:
-                    if self.padded or attention != wanted:
-                        how = "padded rows" if self.padded else "block masks"
-                        log.warning(
-                            "%s: packed attention does not fit; using %s (%s attention)", family, how, attention
-                        )
-                    self.outputs_plainly = self._compare_outputs()
-                    return
-        raise ModelError(f"{family} cannot train several sequences at once: {why}")
+        probe.choose_attention(self)
 
-    def _compare_outputs(self) -> bool:
-        """Compare the output layer's own product with the logits of the model."""
-        batch = Batch.pack([Row([0, 1, 2], [0, 1, 2])], device=self.device)
-        flight, layer = self._flight(batch, False), self._output_layer
-        logits, hidden = self._run(flight, batch, None), self._hidden_states(flight, batch)
-        return isinstance(layer, nn.Linear) and torch.equal(layer(hidden), logits)
+    def packed_logits(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
+        """Return the logits [N, V] at positions [N] of the packed tokens, or at all, without dropout."""
+        return self._run(self._flight(batch, False), batch, positions)
 
-    def _follows(self, attention: str) -> bool:
-        """Return whether the family takes the attention that it is given."""
-        self.hf_model.set_attn_implementation(attention)
-        return bool(self.hf_model.config._attn_implementation == attention)
-
-    def _keeps_apart(self) -> bool:
-        """Compare sequences computed together with each of them alone, as an ordinary forward of transformers does.
-
-        Raises:
-            ModelError: tokens see those that follow them.
-        """
-        vocabulary = self.hf_model.get_input_embeddings().weight.shape[0]
-        draw = torch.Generator().manual_seed(0)
-        ids = [torch.randint(min(5, vocabulary - 1), vocabulary, (n,), generator=draw).tolist() for n in (11, 7)]
-        ids.append(ids[0][:5])
-        batch = Batch.pack([Row(row, row) for row in ids], device=self.device)
-        together = self._run(self._flight(batch, False), batch, None).float()
-        kept = self.hf_model.config._attn_implementation
-        try:
-            self.hf_model.set_attn_implementation("eager" if kept == PACKED else kept)
-            alone = [self.hf_model(torch.tensor([row], device=self.device), use_cache=False).logits[0] for row in ids]
-        finally:
-            self.hf_model.set_attn_implementation(kept)
-        exact = self.hf_model.dtype == torch.float32 and not getattr(self.hf_model, "is_quantized", False)
-        expected = torch.cat(alone).float()
-        tolerance = (1e-4 if exact else 6e-2) * float(expected.abs().max())
-
-        def alike(found: Tensor, wanted: Tensor) -> bool:
-            apart = float((found - wanted).abs().max())
-            return apart <= tolerance or (not exact and apart <= 3 * self._rounding(ids[0], alone[0]))
-
-        if not alike(alone[2], alone[0][:5]):
-            family = type(self.hf_model).__name__
-            raise ModelError(f"{family} is no causal language model: its tokens see those that follow them")
-        return alike(together, expected)
-
-    def _rounding(self, ids: list[int], eager: Tensor) -> float:
-        """Return by how much a sequence's logits differ from those that eager attention gives it.
-
-        The arithmetic is the same and only rounded elsewhere, which deep and wide models in bf16 make much of.
-        """
-        kept = self.hf_model.config._attn_implementation
-        try:
-            self.hf_model.set_attn_implementation("sdpa")
-            again = self.hf_model(torch.tensor([ids], device=self.device), use_cache=False).logits[0]
-        finally:
-            self.hf_model.set_attn_implementation(kept)
-        return float((again - eager).abs().max())
+    def packed_hidden_states(self, batch: Batch) -> Tensor:
+        """Return what the output layer reads of the packed tokens [T, D], without dropout."""
+        return self._hidden_states(self._flight(batch, False), batch)
 
     def _run(self, flight: Flight, batch: Batch, positions: Tensor | None) -> Tensor:
         """Return logits [N, V] at positions [N] of the packed tokens, or at all."""
@@ -746,7 +669,7 @@ class MultiAdapterModel(nn.Module):
         return any(path in tensors for tensors in held for path in paths)
 
     @property
-    def _output_layer(self) -> Any:
+    def output_layer(self) -> Any:
         """The frozen output layer."""
         layer = self.hf_model.get_output_embeddings()
         return layer.frozen if isinstance(layer, AdaptedLinear) else layer

@@ -17,6 +17,15 @@ from torch import Tensor
 from mlora.adapters import Segment
 
 
+def apart(x: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
+    """Return the tokens of each segment, of x [n, ...] of all.
+
+    As one operation: its gradient is written once, where those of as many slices would each be padded to the length of
+    the stream and added up.
+    """
+    return (x,) if len(segments) == 1 else x.split([s.stop - s.start for s in segments])
+
+
 @dataclass
 class Flight:
     """One batch in flight.

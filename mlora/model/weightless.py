@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from mlora import ops
-from mlora.model.inject import AdaptedBlock, AdaptedLinear
+from mlora.model.block import AdaptedBlock
+from mlora.model.linear import AdaptedLinear
 from mlora.model.multi import MultiAdapterModel
 
 

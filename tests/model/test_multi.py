@@ -21,8 +21,9 @@ from mlora.adapters import METHODS
 from mlora.config import ConfigError
 from mlora.model import attention, files, load
 from mlora.model.errors import AdapterFileError, ModelError
-from mlora.model.inject import Sites
+from mlora.model.probe import keeps_apart
 from mlora.model.recompute import Recompute
+from mlora.model.sites import Sites
 from tests import tinybase
 from tests.families import FAMILIES, awaken, multi, rows, tiny
 
@@ -162,7 +163,7 @@ def test_a_leak_between_packed_sequences_is_noticed(monkeypatch: pytest.MonkeyPa
     model = multi()
     own = model._inputs
     monkeypatch.setattr(model, "_inputs", lambda batch: own(batch) | {"packed_lengths": (sum(batch.lengths),)})
-    assert not model._keeps_apart()
+    assert not keeps_apart(model)
     model.check_packing()  # falls back on transformers' block masks, which this leak does not reach
     assert model.hf_model.config._attn_implementation == "sdpa" and not model.padded
 
@@ -190,7 +191,7 @@ def test_a_leak_is_told_from_the_rounding_of_a_deep_model_in_bf16(monkeypatch: p
     assert model.hf_model.config._attn_implementation == attention.PACKED
     own = model._inputs
     monkeypatch.setattr(model, "_inputs", lambda batch: own(batch) | {"packed_lengths": (sum(batch.lengths),)})
-    assert not model._keeps_apart()
+    assert not keeps_apart(model)
 
 
 @pytest.mark.parametrize(

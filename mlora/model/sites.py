@@ -1,4 +1,4 @@
-"""Wrapping a frozen Hugging Face model in place: linear layers, feed-forward blocks and the input embeddings.
+"""The places of a frozen Hugging Face model that adapters can take, found by what they are and do, not by family.
 
 Every family's attention, cache, norms and generation stay transformers' own.
 """
@@ -8,25 +8,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlora import ops
-from mlora.adapters import BlockSite, EmbeddingSite, LinearSite, Segment
-from mlora.adapters.base import BlockSteps
+from mlora.adapters import BlockSite, EmbeddingSite, LinearSite
 from mlora.model.adapter import Adapter
+from mlora.model.block import AdaptedBlock
 from mlora.model.embeddings import AdaptedEmbedding, obstacle
 from mlora.model.errors import ModelError
+from mlora.model.linear import AdaptedLinear
 from mlora.model.scope import Scope
-from mlora.model.wrapper import Wrapper
-from mlora.ops.lowrank import BlockUpdate, LowRankUpdate
-
-if TYPE_CHECKING:
-    from mlora.ops import fused
 
 BLOCK_NAME = re.compile(r"(^|\.)(mlp|feed_forward|feedforward|ffn)$")
 FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|moe")
@@ -44,269 +38,6 @@ DOWN_NAMES = ("down_proj", "w2", "fc2", "fc_out", "c_proj", "dense_4h_to_h")
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, F.gelu, F.relu)
 """What a block without an activation of its own may call instead; the one that agrees is taken."""
-
-
-_NONE = BlockUpdate(None, None, None, 1, 1.0, 0.0)
-"""Of tokens without an adapter."""
-
-
-FEW = 16
-"""Tokens of each adapter up to which a generation computes with what was kept of the adapters."""
-
-
-class AdaptedLinear(Wrapper):
-    """A frozen linear layer and the adapters injected at it.
-
-    Attributes:
-        followers: layers that are called with the same input after this one (keys and values after queries); where
-            kernels know all updates, one operation computes all of them, and leaves theirs in the scope.
-    """
-
-    site: LinearSite
-
-    def __init__(self, frozen: nn.Module, site: LinearSite, scope: Scope, adapters: Mapping[str, Adapter]) -> None:
-        super().__init__(frozen, site, scope, adapters)
-        self.followers: tuple[AdaptedLinear, ...] = ()
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The frozen bias."""
-        return self.frozen.bias  # type: ignore[return-value]
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Hand a parameter to the frozen layer: transformers ties the output layer's weight by setting it."""
-        self.frozen.register_parameter(name, param)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # asked before the segments: without an adapter of its own, an output layer may be given any tokens
-        if not any(self._holds(name) for name in self.scope.names()):
-            return self.frozen(x)
-        if (ready := self.scope.take(self.site.path, x)) is not None:
-            return ready
-        segments = self.scope.split(x.shape[:-1])
-        flat = x.flatten(0, -2)
-        if (stack := self._stack(flat, segments)) is not None:
-            return ops.apply_stack(stack, flat, self.frozen(flat), self.bias).view(*x.shape[:-1], -1)
-        updates = self._updates(flat, segments) if ops.fused_available(x) else {}
-        out = self._fused(x, flat, updates, segments) if updates else self.frozen(flat)
-        if len(updates) < len(segments):
-            parts = [
-                part if i in updates else self.adapt(flat[s.start : s.stop], part, s)
-                for i, (s, part) in enumerate(
-                    zip(segments, out.split([s.stop - s.start for s in segments]), strict=True)
-                )
-            ]
-            out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out.view(*x.shape[:-1], -1)
-
-    def _stack(self, x: Tensor, segments: Sequence[Segment]) -> ops.Stack | None:
-        """Return the updates of few tokens of each adapter, as every step of a generation asks for; else None."""
-        kept, length = self.scope.kept, segments[0].stop - segments[0].start
-        if kept is None or length > FEW or any(s.stop - s.start != length for s in segments):
-            return None
-        key = self.site.path, tuple(s.adapter for s in segments)
-        if key not in kept:
-            kept[key] = self._stacked(x, segments)
-        return kept[key]
-
-    def _stacked(self, x: Tensor, segments: Sequence[Segment]) -> ops.Stack | None:
-        """Return the updates of all segments as one; None where one does more, or depends on its input."""
-        updates = self._updates(x, segments)
-        held = [i for i, s in enumerate(segments) if self._holds(s.adapter)]
-        if len(updates) < len(held) or any(update.weights is not None for update in updates.values()):
-            return None
-        every = [updates.get(i) for i in range(len(segments))]
-        return ops.stacked(every, self.site.in_features, self.site.out_features, x)
-
-    def _updates(self, x: Tensor, segments: Sequence[Segment]) -> dict[int, LowRankUpdate]:
-        """Return the updates that kernels can compute, by the number of their segment."""
-        updates = {}
-        for i, s in enumerate(segments):
-            if self._holds(s.adapter):
-                adapter = self.adapters[s.adapter]  # type: ignore[index]
-                own = adapter.tensors[self.site.path]
-                known = adapter.method.linear_as_data
-                update = adapter.method.update(own, x[s.start : s.stop], self.site, s) if known else None
-                if update is not None:
-                    updates[i] = update
-        return updates
-
-    def _fused(
-        self, x: Tensor, flat: Tensor, updates: Mapping[int, LowRankUpdate], segments: Sequence[Segment]
-    ) -> Tensor:
-        """Return the frozen output [n, O] with updates; followers' are left in the scope."""
-        from mlora.ops import fused
-
-        layers = [self._layer(updates, segments)]
-        following = []
-        for follower in self.followers:
-            own = follower._updates(flat, segments)
-            if own and all(i in own or not follower._holds(s.adapter) for i, s in enumerate(segments)):
-                layers.append(follower._layer(own, segments))
-                following.append(follower.site.path)
-        out, *others = fused.adapted_linears(flat, layers)
-        for path, other in zip(following, others, strict=True):
-            self.scope.leave(path, x, other.view(*x.shape[:-1], -1))
-        return out
-
-    def _layer(self, updates: Mapping[int, LowRankUpdate], segments: Sequence[Segment]) -> fused.Layer:
-        """Return the frozen layer and updates as kernels take them."""
-        from mlora.ops import fused
-
-        parts, tensors = [], []
-        for i, update in updates.items():
-            s = segments[i]
-            dropout = fused.dropout_of(s.keys, update.dropout, self.site.path)
-            parts.append(fused.Part(s.start, s.stop, update.scaling, dropout))
-            tensors.append(fused.Tensors(update.a, update.b, update.weights, update.factor))
-        return fused.Layer(self.frozen, parts, tensors)
-
-    def adapt(self, x: Tensor, out: Tensor, segment: Segment) -> Tensor:
-        """Return the output [n, O] of a segment's adapter from its input [n, D] and the frozen output [n, O]."""
-        if not self._holds(segment.adapter):
-            return out
-        adapter = self.adapters[segment.adapter]  # type: ignore[index]
-        return adapter.method.linear(adapter.tensors[self.site.path], x, out, self.site, segment)
-
-
-class AdaptedBlock(Wrapper):
-    """A frozen feed-forward block and the adapters whose experts or routers span it.
-
-    Segments that kernels know are one operation; those that need the block as a whole are coroutines which advance
-    together, so that each frozen product runs once for all of them; for the rest the base's own forward runs over its
-    adapted linears.
-    """
-
-    site: BlockSite
-
-    def forward(self, x: Tensor) -> Tensor:
-        segments = self.scope.split(x.shape[:-1])
-        flat = x.flatten(0, -2)
-        few = self.scope.kept is not None and len(flat) <= FEW * len(segments)
-        if few and not any(self._holds(s.adapter) for s in segments):
-            return self.frozen(x)  # its layers keep more than kernels could
-        updates = self._updates(flat, segments)
-        kinds: dict[Callable[[Tensor, Sequence[Segment], Sequence[Any]], Tensor], list[int]] = {}
-        for i, segment in enumerate(segments):
-            rest = self._spanned if self._holds(segment.adapter) else self._plain
-            kinds.setdefault(self._fused if i in updates else rest, []).append(i)
-        if not updates and self._spanned in kinds:  # one frozen product for all
-            kinds = {self._spanned: list(range(len(segments)))}
-        if kinds.keys() <= {self._plain}:
-            return self._base(x, segments)
-        if len(kinds) == 1:
-            (compute,) = kinds
-            return compute(flat, segments, list(updates.values())).view(x.shape)
-        outputs: dict[int, Tensor] = {}
-        for compute, members in kinds.items():
-            own = [segments[i] for i in members]
-            part = torch.cat([flat[s.start : s.stop] for s in own])
-            shifted = list(_from_zero(own))
-            out = compute(part, shifted, [updates[i] for i in members if i in updates])
-            outputs |= zip(members, out.split([s.stop - s.start for s in shifted]), strict=True)
-        return torch.cat([outputs[i] for i in range(len(segments))]).view(x.shape)
-
-    def _updates(self, x: Tensor, segments: Sequence[Segment]) -> dict[int, tuple[str, BlockUpdate]]:
-        """Return activations and updates that kernels know, by the number of their segment; {} without adapters."""
-        gated = len(self.site.ups) == 2 and self.site.down.bias is None
-        if not gated or not ops.fused_available(x) or all(s.adapter is None for s in segments):
-            return {}
-        from mlora.ops import fused
-
-        found = {}
-        for i, s in enumerate(segments):
-            adapter = None if s.adapter is None else self.adapters[s.adapter]
-            site = self.site if adapter is None else adapter.blocks.get(self.site.path, self.site)
-            activation = fused.activation_name(site.activation)
-            if activation is not None:
-                update = _NONE if adapter is None else self._update(adapter, x[s.start : s.stop], site, s)
-                if update is not None:
-                    found[i] = activation, update
-        return found
-
-    def _update(self, adapter: Adapter, x: Tensor, site: BlockSite, segment: Segment) -> BlockUpdate | None:
-        if not adapter.method.block_as_data:
-            return None
-        experts = {s.name: adapter.tensors[s.path] for s in (*site.ups, site.down) if s.path in adapter.tensors}
-        return adapter.method.block_update(adapter.tensors.get(site.path, {}), experts, x, site, segment)
-
-    def _fused(self, x: Tensor, segments: Sequence[Segment], updates: Sequence[tuple[str, BlockUpdate]]) -> Tensor:
-        """Return the output from kernels."""
-        from mlora.ops import fused
-
-        streams = [layer.path for layer in (*self.site.ups, self.site.down)]
-        parts = [
-            fused.block_part(update, s.start, s.stop, activation, s.keys, streams)
-            for s, (activation, update) in zip(segments, updates, strict=True)
-        ]
-        layers = tuple(self._linear(layer).frozen for layer in (*self.site.ups, self.site.down))
-        return fused.feed_forward(x, layers, *zip(*parts, strict=True))
-
-    def _plain(self, x: Tensor, segments: Sequence[Segment], updates: object) -> Tensor:
-        """Return the output of the base's own forward over its adapted linears."""
-        with self.scope.part(segments):
-            return self._base(x[None], segments)[0]
-
-    def _base(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """Return what the base's own forward does; for adapters in one pass between its layers, where a kernel can."""
-        gated = len(self.site.ups) == 2 and ops.fused_available(x)
-        if gated and any(s.adapter is not None for s in segments):
-            from mlora.ops import fused
-
-            if (activation := fused.activation_name(self.site.activation)) is not None:
-                gate, up = (self._linear(layer)(x) for layer in self.site.ups)
-                hidden = fused.gate(gate.flatten(0, -2), up.flatten(0, -2), activation)
-                return self._linear(self.site.down)(hidden.view(gate.shape))
-        return self.frozen(x)
-
-    def _spanned(self, x: Tensor, segments: Sequence[Segment], updates: object) -> Tensor:
-        """Return the output of coroutines."""
-        steps = [self._steps(x[s.start : s.stop], s) for s in segments]
-        inputs = [next(step) for step in steps]
-        ups = [self._frozen(site, inputs) for site in self.site.ups]
-        hidden = [step.send(outs) for step, outs in zip(steps, zip(*ups, strict=True), strict=True)]
-        outputs = [_finish(step, out) for step, out in zip(steps, self._frozen(self.site.down, hidden), strict=True)]
-        return torch.cat(outputs)
-
-    def _steps(self, x: Tensor, segment: Segment) -> BlockSteps:
-        if not self._holds(segment.adapter):
-            return self._singly(x, segment)
-        adapter = self.adapters[segment.adapter]  # type: ignore[index]
-        site, tensors = adapter.blocks[self.site.path], adapter.tensors
-        experts = {s.name: tensors[s.path] for s in (*site.ups, site.down) if s.path in tensors}
-        return adapter.method.block(tensors[site.path], experts, x, site, segment)
-
-    def _singly(self, x: Tensor, segment: Segment) -> BlockSteps:
-        """The block of an adapter that adapts single linears, or none."""
-        frozen = yield x
-        ups = [self._linear(s).adapt(x, out, segment) for s, out in zip(self.site.ups, frozen, strict=True)]
-        hidden = self.site.activate(ups)
-        out = yield hidden
-        return self._linear(self.site.down).adapt(hidden, out, segment)
-
-    def _frozen(self, site: LinearSite, parts: list[Tensor]) -> tuple[Tensor, ...]:
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self._linear(site).frozen(joined).split([len(part) for part in parts])
-
-    def _linear(self, site: LinearSite) -> AdaptedLinear:
-        return getattr(self.frozen, site.name)
-
-
-def _from_zero(segments: Sequence[Segment]) -> Iterator[Segment]:
-    """Yield segments as they lie when only they are put one after the other."""
-    start = 0
-    for s in segments:
-        stop = start + s.stop - s.start
-        yield replace(s, start=start, stop=stop)
-        start = stop
-
-
-def _finish(step: BlockSteps, out: Tensor) -> Tensor:
-    try:
-        step.send(out)
-    except StopIteration as stop:
-        return stop.value
-    raise RuntimeError("a method's block yielded more than twice")
 
 
 class Sites:
