@@ -84,8 +84,9 @@ def demo(ctx: click.Context) -> None:
     options = RunOptions(base_model="smollm2", config=config, dir="runs/demo", overwrite=True, evaluate_base=True)
     status = start(options)
     if status == 0:
-        click.echo(f"\nNext: {launcher()} generate --base_model smollm2 --lora_weights runs/demo --base \\")
-        click.echo('        --instruction "What is m-LoRA?"')
+        click.echo("\nTwo adapters have learned what a zindle is, which the base model cannot know:")
+        click.echo(f"{launcher()} generate --base_model smollm2 --lora_weights runs/demo --base \\")
+        click.echo('    --template none --instruction "Another word for zindle is" --max_new_tokens 3')
     ctx.exit(status)
 
 

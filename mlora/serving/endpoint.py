@@ -183,7 +183,7 @@ def router(engine: Engine) -> APIRouter:
 
     @routes.get("/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(name) for name in (engine.base, *engine.adapters)]}
+        return {"object": "list", "data": [card(name) for name in (engine.base, *engine.offered())]}
 
     @routes.get("/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
@@ -256,6 +256,8 @@ def _answer(
     sampling: Sampling,
 ) -> Response:
     n = asked.n or 1
+    if adapter is not None:
+        engine.require(adapter)
     reply = _Reply(kind, asked.model, prompts, n)
     rows = [prompt for prompt in prompts for _ in range(n)]
     seeds: dict[str, Any] = (
@@ -285,12 +287,13 @@ def _to_the_end(engine: Engine, limit: int | None) -> int:
 
 
 def _find(engine: Engine, name: str) -> str | None:
-    """Return the adapter of a model's name; None for the base model."""
+    """Return the adapter of a model's name, loaded or on offer; None for the base model."""
+    offered = engine.offered()
     if name == engine.base:
         return None
-    if name in engine.adapters:
+    if name in offered:
         return name
-    known = ", ".join([engine.base, *engine.adapters])
+    known = ", ".join([engine.base, *offered])
     raise RequestError(f"model {name!r} does not exist; there are {known}", "model", "model_not_found", 404)
 
 

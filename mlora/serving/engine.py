@@ -83,6 +83,16 @@ class Engine:
         with self._held():
             load_answerer(self.model, name, offered[name])
 
+    def require(self, name: str) -> None:
+        """Load an adapter that was offered, unless it is loaded.
+
+        Raises:
+            ModelError: its folder cannot be read.
+        """
+        with self._held():
+            if name not in self.model.adapters:
+                load_answerer(self.model, name, self.offered()[name])
+
     def unload(self, name: str) -> None:
         """Forget a loaded adapter."""
         with self._held():

@@ -27,6 +27,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
     model.save_adapter("plain", place / "plain")
     model.save_adapter("mixture", place / "mixture")
     model.save_adapter("later", place / "run" / "adapters" / "later")
+    model.save_adapter("later", place / "run" / "adapters" / "asked")
     model.save_adapter("later", place / "run" / "adapters" / "broken")
     (place / "run" / "adapters" / "broken" / "adapter_model.safetensors").write_bytes(b"junk")
     return ModelOptions(str(base), tuple(str(place / name) for name in ("plain", "mixture", "run")), device="cpu")

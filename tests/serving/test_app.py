@@ -85,7 +85,7 @@ def test_bad_input_exits_with_2() -> None:
 
 def test_adapters_come_from_the_given_folders_alone(engine: Engine, options: ModelOptions) -> None:
     assert engine.adapters == ["plain", "mixture"]
-    assert list(engine.offered()) == ["plain", "mixture", "broken", "later"]
+    assert list(engine.offered()) == ["plain", "mixture", "asked", "broken", "later"]
     engine.load("later")
     with pytest.raises(ModelError, match="exists already"):
         engine.load("later")

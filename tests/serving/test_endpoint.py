@@ -28,9 +28,17 @@ def model(options: ModelOptions):
 ASKED = {"temperature": 0, "max_tokens": 8}
 
 
-def test_models_are_the_base_and_the_loaded_adapters(client, base_name: str) -> None:
-    assert [m.id for m in client.models.list()] == [base_name, "plain", "mixture"]
+def test_models_are_the_base_and_the_offered_adapters(client, base_name: str) -> None:
+    assert [m.id for m in client.models.list()] == [base_name, "plain", "mixture", "asked", "broken", "later"]
     assert client.models.retrieve("plain").id == "plain" and client.models.retrieve(base_name).id == base_name
+
+
+def test_an_adapter_of_a_run_s_folder_is_loaded_when_it_is_asked(client, options: ModelOptions) -> None:
+    folder = f"{options.lora_weights[2]}/adapters/asked"
+    alone = open_model(ModelOptions(options.base_model, (folder,), device="cpu"))[0]
+    expected = complete(alone, [find_form("none", alone.tokenizer).encode("Hi")], ["asked"], 8)[0]
+    for _ in range(2):
+        assert client.completions.create(model="asked", prompt="Hi", **ASKED).choices[0].text == expected.text
 
 
 def test_answers_are_those_of_the_library(client, model, base_name: str) -> None:
@@ -74,7 +82,7 @@ def test_stop_and_length(client) -> None:
     ("settings", "status", "message"),
     [
         ({"model": "nobody"}, 404, "model 'nobody' does not exist"),
-        ({"model": "broken"}, 404, "does not exist"),
+        ({"model": "broken"}, 400, "cannot be read"),
         ({"temperature": 3}, 400, "temperature"),
         ({"max_tokens": 0}, 400, "max_new_tokens: 0 is not allowed"),
         ({"messages": []}, 400, "messages"),
