@@ -25,6 +25,7 @@ from mlora.cli.config import OVERRIDES
 from mlora.cli.program import program
 from mlora.cli.run import train
 from mlora.config import RunOptions
+from mlora.data.demo import ZINDLE_QUESTION
 from mlora.tasks import PROTOCOLS, known_tasks
 from mlora.wording import COMMAND, command_line, launcher
 
@@ -344,6 +345,16 @@ def test_demo_is_a_run(started: list[tuple[list[str], dict[str, str]]]) -> None:
     command = started[0][0]
     assert {"--base_model=smollm2", "--dir=runs/demo", "--overwrite=True"} <= set(command)
     assert any(word.startswith("--config=") and word.endswith("demo.json") for word in command)
+
+
+def test_demo_ends_with_what_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "wait", lambda command, environment: 0)
+    said = invoke("demo")
+    assert said.exit_code == 0 and ZINDLE_QUESTION in said.output
+    last = said.output[said.output.index("generate") :].replace("\\\n", " ")
+    assert (
+        "--template: 'nowhere': no such file" in invoke(*shlex.split(last), "--template", "nowhere").output
+    )  # flags are known
 
 
 PROGRAM = """

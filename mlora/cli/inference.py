@@ -19,9 +19,9 @@ from mlora.cli.program import program
 def inference(**flags: Any) -> None:
     """Answer in a web page, the base model and adapters side by side.
 
-    Beside the page, at /v1, is an OpenAI-compatible endpoint. A folder of
-    adapters given as --lora_weights (a run's) offers those: a tick on the page
-    loads one, and so does the first request for it.
+    Beside the page, at /v1, is an OpenAI-compatible endpoint. Adapters within a
+    folder given as --lora_weights (a run's) are offered: each is loaded by a tick
+    on the page, or by the first request for it.
     """
     model = model_options(flags)
     from mlora.serving.app import Served

@@ -74,7 +74,7 @@ def run(ctx: click.Context, **flags: Any) -> None:
 @click.pass_context
 def demo(ctx: click.Context) -> None:
     """Train four adapters on a small model, on the CPU, in minutes."""
-    from mlora.data.demo import write_demo_data
+    from mlora.data.demo import ZINDLE_QUESTION, write_demo_data
 
     click.echo("Two data sets of the project's own making are written to runs/demo/data;")
     click.echo("every adapter is scored on held-out rows, which name things that no training")
@@ -86,7 +86,7 @@ def demo(ctx: click.Context) -> None:
     if status == 0:
         click.echo("\nTwo adapters have learned what a zindle is, which the base model cannot know:")
         click.echo(f"{launcher()} generate --base_model smollm2 --lora_weights runs/demo --base \\")
-        click.echo('    --template none --instruction "Another word for zindle is" --max_new_tokens 3')
+        click.echo(f'    --template none --instruction "{ZINDLE_QUESTION}" --max_new_tokens 3')
     ctx.exit(status)
 
 

@@ -97,7 +97,7 @@ class _WithDocstrings(GenerateJsonSchema):
         texts = _docstrings(schema["cls"])
         for key, part in described.get("properties", {}).items():
             if key in texts:
-                part["description"] = texts[key]
+                part.setdefault("description", texts[key])
         return described
 
 

@@ -86,11 +86,12 @@ def name_folders(given: Sequence[str]) -> dict[str, Path]:
         folder = find_adapter(words)
         # a snapshot of the hub is named by its hash
         own = Path(words).name if not Path(words).expanduser().exists() else folder.resolve().name
-        folders[_free_name(own, folders)] = folder
+        folders[free_name(own, folders)] = folder
     return folders
 
 
-def _free_name(own: str, taken: Container[str]) -> str:
+def free_name(own: str, taken: Container[str]) -> str:
+    """Return a name for an adapter: its folder's own where it can be one, numbered where it is taken."""
     stem = own if name_problem(own) is None and own != BASE else "adapter"
     number, name = 1, stem
     while name in taken:

@@ -41,8 +41,7 @@ class AdaptedBlock(Wrapper):
         few = self.scope.kept is not None and len(flat) <= FEW * len(segments)
         if few and not any(self._holds(s.adapter) for s in segments):
             return self.frozen(x)  # its layers keep more than kernels could
-        parts = apart(flat, segments)
-        updates = self._updates(parts, segments)
+        updates = self._updates(flat, segments)
         kinds: dict[Callable[[Tensor, Sequence[Segment], Sequence[Any]], Tensor], list[int]] = {}
         for i, segment in enumerate(segments):
             rest = self._spanned if self._holds(segment.adapter) else self._plain
@@ -54,7 +53,7 @@ class AdaptedBlock(Wrapper):
         if len(kinds) == 1:
             (compute,) = kinds
             return compute(flat, segments, list(updates.values())).view(x.shape)
-        outputs: dict[int, Tensor] = {}
+        parts, outputs = apart(flat, segments), dict[int, Tensor]()
         for compute, members in kinds.items():
             own = [segments[i] for i in members]
             part = torch.cat([parts[i] for i in members])
@@ -63,25 +62,20 @@ class AdaptedBlock(Wrapper):
             outputs |= zip(members, apart(out, shifted), strict=True)
         return torch.cat([outputs[i] for i in range(len(segments))]).view(x.shape)
 
-    def _updates(self, parts: Sequence[Tensor], segments: Sequence[Segment]) -> dict[int, tuple[str, BlockUpdate]]:
-        """Return activations and updates that kernels know, by the number of their segment; {} without adapters.
-
-        Args:
-            parts: the tokens [n, D] of each segment.
-            segments: of the batch.
-        """
+    def _updates(self, x: Tensor, segments: Sequence[Segment]) -> dict[int, tuple[str, BlockUpdate]]:
+        """Return activations and updates that kernels know, by the number of their segment; {} without adapters."""
         gated = len(self.site.ups) == 2 and self.site.down.bias is None
-        if not gated or not ops.fused_available(parts[0]) or all(s.adapter is None for s in segments):
+        if not gated or not ops.fused_available(x) or all(s.adapter is None for s in segments):
             return {}
         from mlora.ops import fused
 
         found = {}
-        for i, (x, s) in enumerate(zip(parts, segments, strict=True)):
+        for i, (part, s) in enumerate(zip(apart(x, segments), segments, strict=True)):
             adapter = None if s.adapter is None else self.adapters[s.adapter]
             site = self.site if adapter is None else adapter.blocks.get(self.site.path, self.site)
             activation = fused.activation_name(site.activation)
             if activation is not None:
-                update = _NONE if adapter is None else self._update(adapter, x, site, s)
+                update = _NONE if adapter is None else self._update(adapter, part, site, s)
                 if update is not None:
                     found[i] = activation, update
         return found

@@ -1,7 +1,7 @@
 """An OpenAI-compatible endpoint: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, streamed or not.
 
-The model of a request is the base model or a loaded adapter, by name. What is not supported is refused by name, in
-OpenAI's form of errors, rather than ignored. https://platform.openai.com/docs/api-reference
+The model of a request is the base model or an adapter, by name; one that is offered and not loaded is loaded. What is
+not supported is refused by name, in OpenAI's form of errors, rather than ignored. https://platform.openai.com/docs/api-reference
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlora.data import DataError
 from mlora.generation.form import Form
 from mlora.generation.sampling import Sampling
+from mlora.model.errors import ModelError
 from mlora.model.generate import Piece
 from mlora.serving.engine import Engine
 
@@ -227,6 +228,8 @@ def error_response(request: Request, error: Exception) -> Response:
         error = _refusal(error.errors()[0])
     elif not isinstance(error, (RequestError, DataError, ValueError)):
         error = RequestError(f"the server failed: {type(error).__name__}: {error}", status=500)
+    elif isinstance(error, ModelError):
+        error = RequestError(str(error), "model")
     elif not isinstance(error, RequestError):
         message = str(error)
         error = RequestError(message, message.partition(":")[0] if ":" in message else None)
@@ -256,8 +259,6 @@ def _answer(
     sampling: Sampling,
 ) -> Response:
     n = asked.n or 1
-    if adapter is not None:
-        engine.require(adapter)
     reply = _Reply(kind, asked.model, prompts, n)
     rows = [prompt for prompt in prompts for _ in range(n)]
     seeds: dict[str, Any] = (
@@ -288,9 +289,9 @@ def _to_the_end(engine: Engine, limit: int | None) -> int:
 
 def _find(engine: Engine, name: str) -> str | None:
     """Return the adapter of a model's name, loaded or on offer; None for the base model."""
-    offered = engine.offered()
     if name == engine.base:
         return None
+    offered = engine.offered()
     if name in offered:
         return name
     known = ", ".join([engine.base, *offered])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mlora.generation.form import Form, find_form
-from mlora.generation.opened import ModelOptions, adapters_within, load_answerer, name_folders, open_model
+from mlora.generation.opened import ModelOptions, adapters_within, free_name, load_answerer, open_model
 from mlora.generation.sampling import Sampling
 from mlora.model.batch import Batch
 from mlora.model.errors import ModelError
@@ -51,9 +51,9 @@ class Engine:
     def __init__(self, options: ModelOptions, template: str | None = None) -> None:
         given = [str(path) if (path := Path(words).expanduser()).exists() else words for words in options.lora_weights]
         self._parents = [Path(words) for words in given if adapters_within(Path(words))]
-        self._direct = [words for words in given if Path(words) not in self._parents]
+        direct = tuple(words for words in given if Path(words) not in self._parents)
         self.model: MultiAdapterModel
-        self.model, _ = open_model(replace(options, lora_weights=tuple(self._direct)))
+        self.model, self._folders = open_model(replace(options, lora_weights=direct))
         self.base = self.model.origin.given
         self.form = find_form(template, self.model.tokenizer)
         self._turn = threading.Lock()
@@ -66,10 +66,18 @@ class Engine:
         return list(self.model.adapters)
 
     def offered(self) -> dict[str, Path]:
-        """Return every adapter that may be loaded, by name: those given at the start and those within given folders."""
-        inside = [str(path) for parent in self._parents for path in adapters_within(parent)]
-        direct = {Path(words).resolve() for words in self._direct}
-        return name_folders([*self._direct, *(words for words in inside if Path(words).resolve() not in direct)])
+        """Return every adapter that may be loaded, by name: those given at the start and those within given folders.
+
+        An adapter keeps its name, whatever comes and goes beside it.
+        """
+        folders = dict(self._folders)
+        known = {folder.resolve() for folder in folders.values()}
+        inside = [folder.resolve() for parent in self._parents for folder in adapters_within(parent)]
+        for folder in inside:
+            if folder not in known:
+                folders[free_name(folder.name, {*folders, self.base})] = folder
+        self._folders = folders  # a new one, since requests look at the same time
+        return {name: folder for name, folder in folders.items() if name in self.adapters or folder.exists()}
 
     def load(self, name: str) -> None:
         """Load an adapter that was offered.
@@ -77,21 +85,14 @@ class Engine:
         Raises:
             ModelError: it was not, is loaded already, or its folder cannot be read.
         """
+        with self._held():
+            self._load(name)
+
+    def _load(self, name: str) -> None:
         offered = self.offered()
         if name not in offered:
             raise ModelError(f"adapter {name!r} is not offered; offered: {', '.join(offered) or 'none'}")
-        with self._held():
-            load_answerer(self.model, name, offered[name])
-
-    def require(self, name: str) -> None:
-        """Load an adapter that was offered, unless it is loaded.
-
-        Raises:
-            ModelError: its folder cannot be read.
-        """
-        with self._held():
-            if name not in self.model.adapters:
-                load_answerer(self.model, name, self.offered()[name])
+        load_answerer(self.model, name, offered[name])
 
     def unload(self, name: str) -> None:
         """Forget a loaded adapter."""
@@ -114,12 +115,16 @@ class Engine:
     ) -> Iterator[Piece]:
         """Yield the answers' tokens as they come; leaving the loop, or `cancelled`, stops them.
 
+        Adapters that are offered and not loaded are loaded.
+
         Raises:
-            ModelError: an adapter is not loaded, or a prompt is too long.
+            ModelError: an adapter is not offered or cannot be read, or a prompt is too long.
         """
         with self._held(cancelled) as held:
             if not held:
                 return
+            for name in {name for name in adapters if name is not None} - self.model.adapters.keys():
+                self._load(name)
             pieces = self.model.stream(prompts, adapters, **sampling.keywords() | generation)
             try:
                 for piece in pieces:

@@ -58,7 +58,7 @@ def build_page(engine: Engine) -> gr.Blocks:
             f"<h1>m-LoRA</h1><p>{escape(engine.base)} and its adapters, answering side by side</p>",
             elem_id="title",
         )
-        talk = gr.State({})
+        talk, ticked = gr.State({}), gr.State([])
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280, elem_id="settings"):
                 loaded = page.adapters()
@@ -92,8 +92,8 @@ def build_page(engine: Engine) -> gr.Blocks:
         stop.click(page.stop, None, None, queue=False, **QUIET)
         mixture.input(page.routers, [talk, mixture, router], [talk, router, routes], **QUIET)
         router.input(page.route, [talk, mixture, router], routes, **QUIET)
-        loaded.input(page.change, [loaded, who], [loaded, who, problem], **QUIET)
-        blocks.load(page.opened, None, [loaded, who], **QUIET)
+        loaded.input(page.change, [loaded, ticked, who], [loaded, ticked, who, problem], **QUIET)
+        blocks.load(page.opened, None, [loaded, ticked, who], **QUIET)
         blocks.unload(page.stop)
     return blocks
 
@@ -134,24 +134,28 @@ class _Page:
             )
         return [form, temperature, top_p, top_k, penalty, length, seed]
 
-    def opened(self) -> tuple[Any, Any]:
+    def opened(self) -> tuple[Any, ...]:
         """Return what is loaded when a browser opens the page."""
-        return self._loaded(), self._who(None)
+        return *self._loaded(), self._who(None)
 
-    def change(self, wanted: list[str], who: list[str]) -> tuple[Any, Any, Any]:
-        """Load and unload adapters until those in memory are the ticked ones."""
+    def change(self, wanted: list[str], ticked: list[str], who: list[str]) -> tuple[Any, ...]:
+        """Load and unload what has been ticked and unticked since the page was drawn.
+
+        What others have loaded and unloaded meanwhile stays as it is.
+        """
         said = ""
-        for name in set(self.engine.adapters) ^ set(wanted):
+        for name in set(ticked) ^ set(wanted):
             try:
-                (self.engine.load if name in wanted else self.engine.unload)(name)
+                if (name in wanted) != (name in self.engine.adapters):
+                    (self.engine.load if name in wanted else self.engine.unload)(name)
                 who = [*who, name] if name in wanted else who
             except ValueError as error:
                 said = str(error)
-        return self._loaded(), self._who(who), gr.HTML(render.notice(said), visible=bool(said))
+        return *self._loaded(), self._who(who), gr.HTML(render.notice(said), visible=bool(said))
 
-    def _loaded(self) -> Any:
-        names = list(dict.fromkeys([*self.engine.offered(), *self.engine.adapters]))
-        return gr.CheckboxGroup(choices=names, value=self.engine.adapters, visible=True)
+    def _loaded(self) -> tuple[Any, list[str]]:
+        loaded = self.engine.adapters
+        return gr.CheckboxGroup(choices=list(self.engine.offered()), value=loaded, visible=True), loaded
 
     def _who(self, kept: list[str] | None) -> Any:
         choices = [self.engine.base, *self.engine.adapters]
@@ -184,8 +188,9 @@ class _Page:
             yield {}, render.hint("Write a prompt." if who else "Tick who is to answer."), *idle
             return
         stop = self.stops[request.session_hash or ""] = threading.Event()
-        methods = self.engine.model.adapters
-        shown = [Answer(name, methods[name].method if name in methods else "base model", "", []) for name in who]
+        kinds = {name: method.method for name, method in self.engine.model.adapters.items()}
+        kinds[self.engine.base] = "base model"
+        shown = [Answer(name, kinds.get(name, ""), "", []) for name in who]
         yield {}, render.answers(shown), *busy
         try:
             tokens = form_of(self.engine, form).encode(prompt, about)
@@ -193,7 +198,7 @@ class _Page:
                 max_new_tokens=int(length), temperature=temperature, top_p=top_p, top_k=int(top_k),
                 repetition_penalty=penalty, seed=_seed(seed),
             )  # fmt: skip
-            names = [name if name in methods else None for name in who]
+            names = [None if name == self.engine.base else name for name in who]
             for _ in self._grow(shown, tokens, names, sampling, stop):
                 yield gr.skip(), render.answers(shown), gr.skip(), gr.skip(), gr.skip()
         except (ValueError, DataError) as error:

@@ -23,6 +23,7 @@ def test_every_key_of_every_method_is_described() -> None:
         for key, part in properties.items():
             assert part.get("description"), f"{name}.{key} has no docstring"
             assert "\n" not in part["description"]
+    assert all(part.get("description") for part in schema["$defs"]["ExpertLora"]["properties"].values())
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlora import Batch, MultiAdapterModel
-from mlora.adapters import METHODS
+from mlora.adapters import METHODS, Segment
 from mlora.config import ConfigError
 from mlora.model import attention, files, load
 from mlora.model.errors import AdapterFileError, ModelError
 from mlora.model.probe import keeps_apart
 from mlora.model.recompute import Recompute
+from mlora.model.scope import apart
 from mlora.model.sites import Sites
 from tests import tinybase
 from tests.families import FAMILIES, awaken, multi, rows, tiny
@@ -307,6 +308,16 @@ def test_names_are_checked_before_anything_happens() -> None:
             model.add_adapter(name, {"r": 2})
     model.add_adapter("with.dot-and_more", {"r": 2})
     assert list(model.adapters) == ["with.dot-and_more"]
+
+
+def test_tokens_are_parted_by_one_operation() -> None:
+    """Of slices each would have a gradient as long as the stream."""
+    x = torch.randn(5, 3, requires_grad=True)
+    segments = [Segment("a", 0, 2), Segment("b", 2, 5)]
+    parts = apart(x, segments)
+    assert all(torch.equal(part, x[s.start : s.stop]) for part, s in zip(parts, segments, strict=True))
+    assert len({part.grad_fn for part in parts}) == 1
+    assert apart(x, [Segment("a", 0, 5)]) == (x,)
 
 
 class TestFiles:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import HTTPError
 
 import pytest
@@ -96,6 +98,65 @@ def test_adapters_come_from_the_given_folders_alone(engine: Engine, options: Mod
     with pytest.raises(ModelError, match="broken.*cannot be read"):
         engine.load("broken")
     assert engine.adapters == ["plain", "mixture"]
+
+
+def test_an_adapter_that_is_asked_is_loaded(engine: Engine) -> None:
+    short = Sampling(max_new_tokens=2)
+    assert list(engine.ask([[1, 2]], ["later"], short))
+    assert engine.adapters == ["plain", "mixture", "later"]
+    engine.unload("later")
+    with pytest.raises(ModelError, match="'nobody' is not offered"):
+        list(engine.ask([[1, 2]], ["nobody"], short))
+
+
+def test_an_adapter_keeps_its_name_and_its_place_in_memory(options: ModelOptions, tmp_path: Path) -> None:
+    saved = Path(options.lora_weights[0])
+    for parent in ("one", "two"):
+        shutil.copytree(saved, tmp_path / parent / "x")
+    engine = Engine(ModelOptions(options.base_model, (str(tmp_path / "one"), str(tmp_path / "two")), device="cpu"))
+    assert engine.offered() == {"x": tmp_path / "one" / "x", "x-2": tmp_path / "two" / "x"}
+    engine.load("x-2")
+    shutil.copytree(saved, tmp_path / "one" / "a")
+    shutil.rmtree(tmp_path / "one" / "x")
+    shutil.rmtree(tmp_path / "two" / "x")
+    assert engine.offered() == {"x-2": tmp_path / "two" / "x", "a": tmp_path / "one" / "a"}
+    with pytest.raises(ModelError, match="'x' is not offered"):
+        engine.load("x")
+
+
+def test_a_tick_changes_what_it_ticks_alone(engine: Engine) -> None:
+    from mlora.serving.page import _Page
+
+    page = _Page(engine)
+    _, ticked, _ = page.opened()
+    engine.load("later")  # by the endpoint, after the page was drawn
+    _, ticked, *_ = page.change(["plain"], ticked, [])
+    assert ticked == engine.adapters == ["plain", "later"]
+    _, ticked, *_ = page.change(["plain", "later", "mixture"], ticked, [])
+    assert ticked == ["plain", "later", "mixture"]
+    engine.unload("later")
+
+
+def test_an_adapter_that_left_meanwhile_does_not_answer_as_the_base(engine: Engine) -> None:
+    from mlora.serving.page import _Page
+
+    asked = (
+        "Hi",
+        "",
+        ["later", engine.base],
+        engine.form.name,
+        0.0,
+        1.0,
+        0,
+        1.0,
+        4,
+        "",
+        SimpleNamespace(session_hash=""),
+    )
+    *_, (talk, *_) = _Page(engine).ask(*asked)
+    assert engine.adapters[-1] == "later"
+    assert talk["answers"]["later"] != talk["answers"][engine.base]
+    engine.unload("later")
 
 
 def test_one_request_at_a_time_and_none_after_a_stop(engine: Engine) -> None:
