@@ -1,7 +1,8 @@
 """An OpenAI-compatible endpoint: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, streamed or not.
 
 The model of a request is the base model or an adapter, by name; one that is offered and not loaded is loaded. What is
-not supported is refused by name, in OpenAI's form of errors, rather than ignored. https://platform.openai.com/docs/api-reference
+not supported is refused by name, in OpenAI's form of errors, rather than ignored.
+https://platform.openai.com/docs/api-reference
 """
 
 from __future__ import annotations
@@ -229,7 +230,7 @@ def error_response(request: Request, error: Exception) -> Response:
     elif not isinstance(error, (RequestError, DataError, ValueError)):
         error = RequestError(f"the server failed: {type(error).__name__}: {error}", status=500)
     elif isinstance(error, ModelError):
-        error = RequestError(str(error), "model")
+        error = RequestError(str(error))  # of the adapter or of the prompt
     elif not isinstance(error, RequestError):
         message = str(error)
         error = RequestError(message, message.partition(":")[0] if ":" in message else None)

@@ -33,7 +33,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
     return ModelOptions(str(base), tuple(str(place / name) for name in ("plain", "mixture", "run")), device="cpu")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def server(options: ModelOptions) -> Iterator[str]:
     """The address of a running server."""
     pytest.importorskip("gradio", reason="needs the extra 'web'")

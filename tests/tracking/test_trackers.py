@@ -9,6 +9,7 @@ import math
 import socket
 import sqlite3
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -98,12 +99,14 @@ def leveldb_records(log: bytes) -> Iterator[bytes]:
     Source: https://github.com/google/leveldb/blob/main/doc/log_format.md; wandb puts seven bytes before it.
     """
     whole, at = b"", 0
-    while at < len(log):
+    while at + 7 <= len(log):
         left = 32_768 - (at + 7) % 32_768
         if left < 7:
             at += left
             continue
         length, part = int.from_bytes(log[at + 4 : at + 6], "little"), log[at + 6]
+        if at + 7 + length > len(log):  # still being written
+            return
         whole += log[at + 7 : at + 7 + length]
         at += 7 + length
         if part in (1, 4):  # a whole record, or the last part of one
@@ -118,9 +121,14 @@ def test_wandb_offline(tmp_path: Path, no_network: list[object]) -> None:
 
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     history, config = [], {}
-    for data in leveldb_records(file.read_bytes()[7:]):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    deadline = time.monotonic() + 30
+    kinds: list[str] = []
+    while "exit" not in kinds and time.monotonic() < deadline:  # the last; a process of wandb's own writes them
+        records = [wandb_internal_pb2.Record.FromString(data) for data in leveldb_records(file.read_bytes()[7:])]
+        kinds = [record.WhichOneof("record_type") for record in records]
+        time.sleep(0.1)
+    assert "exit" in kinds and "history" in kinds, kinds
+    for record in records:
         if record.HasField("history"):
             items = record.history.item
             history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
