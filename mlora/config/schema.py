@@ -124,7 +124,7 @@ def _pairs(cls: ast.ClassDef) -> Iterator[tuple[str, str]]:
     for above, below in pairwise(cls.body):
         match above, below:
             case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(text))):
-                yield key, inspect.cleandoc(text)
+                yield key, text
 
 
 def _tidy(schema: Any) -> Any:

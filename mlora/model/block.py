@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlora import ops
 from mlora.adapters import BlockSite, LinearSite, Segment
-from mlora.adapters.base import BlockSteps
+from mlora.adapters.base import BlockSteps, Tensors
 from mlora.model.adapter import Adapter
 from mlora.model.linear import FEW, AdaptedLinear
 from mlora.model.scope import apart
@@ -83,7 +83,7 @@ class AdaptedBlock(Wrapper):
     def _update(self, adapter: Adapter, x: Tensor, site: BlockSite, segment: Segment) -> BlockUpdate | None:
         if not adapter.method.block_as_data:
             return None
-        experts = {s.name: adapter.tensors[s.path] for s in (*site.ups, site.down) if s.path in adapter.tensors}
+        experts = _experts(adapter, site)
         return adapter.method.block_update(adapter.tensors.get(site.path, {}), experts, x, site, segment)
 
     def _fused(self, x: Tensor, segments: Sequence[Segment], updates: Sequence[tuple[str, BlockUpdate]]) -> Tensor:
@@ -128,9 +128,8 @@ class AdaptedBlock(Wrapper):
         if not self._holds(segment.adapter):
             return self._singly(x, segment)
         adapter = self.adapters[segment.adapter]  # type: ignore[index]
-        site, tensors = adapter.blocks[self.site.path], adapter.tensors
-        experts = {s.name: tensors[s.path] for s in (*site.ups, site.down) if s.path in tensors}
-        return adapter.method.block(tensors[site.path], experts, x, site, segment)
+        site = adapter.blocks[self.site.path]
+        return adapter.method.block(adapter.tensors[site.path], _experts(adapter, site), x, site, segment)
 
     def _singly(self, x: Tensor, segment: Segment) -> BlockSteps:
         """The block of an adapter that adapts single linears, or none."""
@@ -146,6 +145,11 @@ class AdaptedBlock(Wrapper):
 
     def _linear(self, site: LinearSite) -> AdaptedLinear:
         return getattr(self.frozen, site.name)
+
+
+def _experts(adapter: Adapter, site: BlockSite) -> dict[str, Tensors]:
+    """Return an adapter's tensors at the linear layers of a block, by the layers' names."""
+    return {s.name: adapter.tensors[s.path] for s in (*site.ups, site.down) if s.path in adapter.tensors}
 
 
 def _from_zero(segments: Sequence[Segment]) -> Iterator[Segment]:

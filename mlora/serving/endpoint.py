@@ -292,8 +292,7 @@ def _find(engine: Engine, name: str) -> str | None:
     """Return the adapter of a model's name, loaded or on offer; None for the base model."""
     if name == engine.base:
         return None
-    offered = engine.offered()
-    if name in offered:
+    if name in engine.adapters or name in (offered := engine.offered()):
         return name
     known = ", ".join([engine.base, *offered])
     raise RequestError(f"model {name!r} does not exist; there are {known}", "model", "model_not_found", 404)

@@ -140,20 +140,8 @@ def test_a_tick_changes_what_it_ticks_alone(engine: Engine) -> None:
 def test_an_adapter_that_left_meanwhile_does_not_answer_as_the_base(engine: Engine) -> None:
     from mlora.serving.page import _Page
 
-    asked = (
-        "Hi",
-        "",
-        ["later", engine.base],
-        engine.form.name,
-        0.0,
-        1.0,
-        0,
-        1.0,
-        4,
-        "",
-        SimpleNamespace(session_hash=""),
-    )
-    *_, (talk, *_) = _Page(engine).ask(*asked)
+    sampling, tab = (0.0, 1.0, 0, 1.0, 4, ""), SimpleNamespace(session_hash="")
+    *_, (talk, *_) = _Page(engine).ask("Hi", "", ["later", engine.base], engine.form.name, *sampling, tab)
     assert engine.adapters[-1] == "later"
     assert talk["answers"]["later"] != talk["answers"][engine.base]
     engine.unload("later")
