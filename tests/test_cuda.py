@@ -89,13 +89,16 @@ def test_bf16_points_where_float32_does(base: Path) -> None:
         assert other.norm().item() == pytest.approx(one.norm().item(), rel=0.1), name
 
 
-def test_a_whole_run_on_the_gpu(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_run_on_the_gpu(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_demo_data("data", train=48, test=12)
     entry = {"task_name": "arc_easy", "data": "data", "r": 4, "batch_size": 8, "num_epochs": 3, "lr": 5e-3}
     mixture = {"routing_strategy": "mixlora", "num_experts": 4}
     Path("mlora.json").write_text(json.dumps({"lora": [{"name": "a"} | entry, {"name": "b"} | entry | mixture]}))
     assert main(RunOptions(str(base), evaluate_base=True)) == 0
+    assert "unknown: memory" not in capsys.readouterr().out
     lines = [json.loads(line) for line in Path("metrics.jsonl").read_text().splitlines()]
     for name in "ab":
         losses = [line["loss"] for line in lines if line["adapter"] == name]

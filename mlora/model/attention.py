@@ -17,6 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from mlora import ops
 from mlora.ops import device_type
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def packed_attention(
         packed_lengths: tokens of each sequence of a packed batch.
         packed_branches: who sees whom in its sequences, where these branch.
         packed_offsets: [B + 1] int32, where sequences begin and the last ends: the lengths as data, for one kernel.
-        packed_longest: tokens of the longest sequence where the lengths are known as data only.
+        packed_longest: tokens of the longest sequence that may come, where the lengths are known as data only.
 
     Returns:
         [B, T, H, d] and None for the weights that other implementations return.
@@ -67,7 +68,11 @@ def packed_attention(
     if unknown or dropout:
         raise NotImplementedError(f"packed attention knows no {', '.join(unknown) or 'dropout'}")
     if packed_longest is not None and packed_offsets is not None:
-        return _varlen(query, key, value, packed_offsets, packed_longest, scaling), None
+        own = (t.transpose(1, 2).squeeze(0) for t in (query, key, value))
+        out = ops.ragged_attention(*own, packed_offsets, packed_longest, scaling)
+        if out is None:
+            return _varlen(query, key, value, packed_offsets, packed_longest, scaling), None
+        return out[None], None
     if packed_lengths is None:
         mask = (
             attention_mask

@@ -96,7 +96,8 @@ class AdaptedBlock(Wrapper):
             for s, (activation, update) in zip(segments, updates, strict=True)
         ]
         layers = tuple(self._linear(layer).frozen for layer in (*self.site.ups, self.site.down))
-        return fused.feed_forward(x, layers, *zip(*parts, strict=True))
+        every, owned = zip(*parts, strict=True)
+        return fused.feed_forward(x, layers, every, owned, self.scope.casts)
 
     def _plain(self, x: Tensor, segments: Sequence[Segment], updates: object) -> Tensor:
         """Return the output of the base's own forward over its adapted linears."""

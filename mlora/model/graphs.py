@@ -152,7 +152,8 @@ def prepare(
         places += [0] * left  # one that any table of positions has; what the filler computes is not read
         numbers += [0] * left
         spare = size.sequences - len(own)
-        lengths += [left] + [0] * (spare - 1)
+        whole, part = divmod(left, size.longest)
+        lengths += ([size.longest] * whole + [part] + [0] * spare)[:spare]
         ends += [start] * spare
         classes += [0] * spare
         judged += [0.0] * spare
@@ -201,8 +202,8 @@ def compute(
         input_ids=inputs.input_ids,
         position_ids=inputs.position_ids,
         attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=inputs.input_ids.device),
-        packed_offsets=inputs.offsets,
-        packed_longest=size.tokens,
+        packed_offsets=inputs.offsets.view(-1),  # a tensor of this run alone: layers share what is made of it
+        packed_longest=size.longest,
         use_cache=False,
     )
     losses = model.token_losses(hidden[inputs.positions], inputs.targets) * inputs.counted
@@ -232,11 +233,27 @@ def compute(
     return left, [p for p, _ in used], [g for _, g in used]
 
 
+class _Tools(NamedTuple):
+    """What a graph works with besides its inputs.
+
+    Attributes:
+        parameters: that get gradients.
+        kept: [number of them] int32, 1 where a replay adds to the gradient that is there, 0 where it replaces it.
+        casts: of matrices, renewed.
+        sums: of gradients.
+    """
+
+    parameters: list[nn.Parameter]
+    kept: Tensor
+    casts: ops.Copies
+    sums: ops.Copies
+
+
 class _Recorded(NamedTuple):
     replay: Callable[[], None]
     inputs: Inputs
     computed: list[Computed]
-    parameters: list[nn.Parameter]
+    tools: _Tools
 
 
 class Graphs:
@@ -251,6 +268,7 @@ class Graphs:
         self.model, self.sizes = model, sizes or {}
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
         self._sums: dict[nn.Parameter, Tensor] = {}
+        self._casts = ops.Casts()
         self._names: tuple[str, ...] = ()
         self._pool: Any = None
         self._broken = False
@@ -291,7 +309,7 @@ class Graphs:
         filled = size.tokens * len(rows)
         return (
             (filled <= FILLING * own or (filled - own) * self._parameters <= FREE_PRODUCTS)
-            and (window is None or size.tokens <= window)
+            and (window is None or size.longest <= window)
             and not model.adapts_output(rows)
             and not model.adapts_embeddings(rows)  # the sort in their backward was never recorded on a device
             and not any(model.adapters[name].counts_tokens for name in rows)
@@ -331,10 +349,9 @@ class Graphs:
                 return None
             self._recorded[key] = recorded
         recorded.inputs.copy_(inputs)
-        sums = [(parameter, self._sums[parameter]) for parameter in recorded.parameters]
-        fresh = [own for parameter, own in sums if parameter.grad is not own]
-        if fresh:
-            torch._foreach_zero_(fresh)
+        sums = [(parameter, self._sums[parameter]) for parameter in recorded.tools.parameters]
+        kept = torch.tensor([parameter.grad is own for parameter, own in sums], dtype=torch.int32)
+        recorded.tools.kept.copy_(kept.pin_memory() if self.model.device.type == "cuda" else kept, non_blocking=True)
         recorded.replay()
         for parameter, own in sums:
             if parameter.grad is None:
@@ -351,21 +368,15 @@ class Graphs:
     def forget(self) -> None:
         """Give the memory of all graphs back."""
         self._recorded.clear()
-        self._sums = {}
+        self._sums, self._casts = {}, ops.Casts()
         self._pool = None
 
     def _record(self, names: list[str], size: Size, inputs: Inputs) -> _Recorded | None:
         began = time.perf_counter()
         try:
-            parameters = self._prepare(names, size, inputs)
-            sums = [self._sums[parameter] for parameter in parameters]
-
-            def run() -> list[Computed]:
-                computed, _, gradients = compute(self.model, names, size, inputs)
-                torch._foreach_add_(sums, gradients)
-                return computed
-
-            recorded = _Recorded(*self._capture(run, inputs), parameters)
+            tools = self._prepare(names, size, inputs)
+            captured = self._capture(lambda: self._run(names, size, inputs, tools), inputs)
+            recorded = _Recorded(*captured, tools)
             seconds = time.perf_counter() - began
             log.info("a step of %d adapters x %d tokens is recorded, in %.1f s", len(names), size.tokens, seconds)
             return recorded
@@ -377,21 +388,47 @@ class Graphs:
             log.warning("steps run without CUDA graphs: %s", why)
             return None
 
-    def _prepare(self, names: list[str], size: Size, inputs: Inputs) -> list[nn.Parameter]:
-        """Run once, so that kernels are compiled and libraries set up; return the parameters that get gradients."""
-        _, parameters, _ = compute(self.model, names, size, inputs)
+    def _prepare(self, names: list[str], size: Size, inputs: Inputs) -> _Tools:
+        """Run once, so that kernels are compiled and libraries set up, and make what a graph reads and may not hold."""
+        _, parameters, gradients = self._compute(names, size, inputs)
         for parameter in parameters:
             if parameter not in self._sums:  # outside the graphs' memory, which graphs overwrite for each other
                 self._sums[parameter] = torch.empty_like(parameter)  # a fused optimizer wants one layout of both
-        return parameters
+        torch._foreach_zero_(gradients)  # what an earlier size has left in the sums stays there
+        kept = torch.ones(len(parameters), dtype=torch.int32, device=self.model.device)
+        pairs = self._added(parameters, gradients)
+        tools = _Tools(parameters, kept, ops.joint_copies(self._casts.pairs()), ops.joint_copies(pairs, kept))
+        tools.casts.launch(self._casts.pairs())
+        tools.sums.launch(pairs)
+        return tools
+
+    def _compute(
+        self, names: list[str], size: Size, inputs: Inputs
+    ) -> tuple[list[Computed], list[nn.Parameter], list[Tensor]]:
+        """Compute with casts that last; where layers are computed again, casts are as well, and take no memory."""
+        with self.model.scope.casting(self._casts if self.model.recompute.what == "none" else None):
+            return compute(self.model, names, size, inputs)
+
+    def _added(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> ops.Pairs:
+        return [(gradient, self._sums[p]) for p, gradient in zip(parameters, gradients, strict=True)]
+
+    def _run(
+        self, names: list[str], size: Size, inputs: Inputs, tools: _Tools
+    ) -> tuple[list[Computed], list[Callable[[], None]]]:
+        """Compute, leave the gradients in their sums, and return what completes the copies once it is recorded."""
+        first = tools.casts.launch(self._casts.pairs())
+        computed, parameters, gradients = self._compute(names, size, inputs)
+        return computed, [first, tools.sums.launch(self._added(parameters, gradients))]
 
     def _capture(
-        self, run: Callable[[], list[Computed]], inputs: Inputs
+        self, run: Callable[[], tuple[list[Computed], list[Callable[[], None]]]], inputs: Inputs
     ) -> tuple[Callable[[], None], Inputs, list[Computed]]:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            computed = run()
+            computed, complete = run()
+        for each in complete:
+            each()
         return graph.replay, inputs, computed

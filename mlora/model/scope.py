@@ -10,11 +10,14 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mlora.adapters import Segment
+
+if TYPE_CHECKING:
+    from mlora.ops import Casts
 
 
 def apart(x: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
@@ -63,11 +66,13 @@ class Scope:
         default: adapter of all tokens where there is none.
         observe: called with every batch that has gone through.
         kept: what layers have made of adapters; None where these may change.
+        casts: of the adapters' matrices; None where each operation casts its own.
         ready: outputs that layers have left for others, with the input that they are of.
     """
 
     def __init__(self) -> None:
         self.kept: dict[Hashable, Any] | None = None
+        self.casts: Casts | None = None
         self.ready: dict[str, tuple[Tensor, Tensor]] = {}
         self.flight: Flight | None = None
         self.default: str | None = None
@@ -110,6 +115,15 @@ class Scope:
             yield
         finally:
             self.kept = None
+
+    @contextmanager
+    def casting(self, casts: Casts | None) -> Iterator[None]:
+        """Let kernels take casts of matrices from here inside the `with` block."""
+        self.casts = casts
+        try:
+            yield
+        finally:
+            self.casts = None
 
     @contextmanager
     def use(self, flight: Flight) -> Iterator[None]:

@@ -17,20 +17,28 @@ RECORDING = 5 * 10**13
 in which a GPU computes so much of a small model."""
 
 
+SHORTEST = 64
+"""Tokens of the longest sequence that are not told from fewer."""
+
+
 class Size(NamedTuple):
     """What every adapter of a batch has.
 
     Attributes:
         tokens, sequences, targets: n, m and t.
+        longest: tokens of the longest sequence that it may have.
     """
 
     tokens: int
     sequences: int
     targets: int
+    longest: int
 
     def holds(self, other: Size) -> bool:
         """Return whether a batch of the other size can be filled up to this one."""
-        return all(own >= theirs for own, theirs in zip(self, other, strict=True))
+        more = self.tokens - other.tokens
+        enough = more >= 0 and self.targets >= other.targets and self.longest >= other.longest
+        return enough and self.sequences >= other.sequences + -(-more // self.longest)
 
 
 Sizes = Mapping[frozenset[str], Sequence[Size]]
@@ -47,8 +55,18 @@ def size_for(rows: Mapping[str, Sequence[Row]]) -> Size:
     """Return a size that all adapters' rows fit into."""
     tokens = max(sum(len(row.input_ids) for row in own) for own in rows.values())
     targets = max(sum(label != IGNORED for row in own for label in row.labels[1:]) for own in rows.values())
-    # few numbers of targets, since sizes multiply; what they fill up costs only the output layer
-    return Size(size_of(tokens), max(map(len, rows.values())) + 1, 1 << (targets - 1).bit_length() if targets else 0)
+    tokens = size_of(tokens)
+    # few numbers of targets and lengths, since sizes multiply; what targets fill up costs only the output layer
+    longest = max(SHORTEST, _power(max(len(row.input_ids) for own in rows.values() for row in own)))
+    sequences = max(
+        len(own) + max(1, -(-(tokens - sum(len(row.input_ids) for row in own)) // longest)) for own in rows.values()
+    )
+    return Size(tokens, sequences, _power(targets), longest)
+
+
+def _power(n: int) -> int:
+    """Return the next power of two from n on; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n else 0
 
 
 def sizes_of(forwards: Iterable[Mapping[str, Sequence[Row]]], parameters: int) -> Sizes:
@@ -82,6 +100,8 @@ def _chosen(needed: Counter[Size], price: int) -> list[Size]:
     while end:
         start = best[end][1]
         inside = [size for size in needed if tokens[start] <= size.tokens <= tokens[end - 1]]
-        groups.append(Size(*map(max, zip(*inside, strict=True))))
+        most = Size(*map(max, zip(*inside, strict=True)))
+        sequences = max(size.sequences + -(-(most.tokens - size.tokens) // most.longest) for size in inside)
+        groups.append(most._replace(sequences=sequences))
         end = start
     return groups[::-1]

@@ -29,6 +29,11 @@ def device_type(x: Tensor) -> str:
     return _stood_for[-1] if _stood_for else x.device.type
 
 
+def has_data(x: Tensor) -> bool:
+    """Return whether a tensor can be computed with, rather than stand for one."""
+    return not _stood_for and not x.is_meta
+
+
 @contextmanager
 def standing_for(device: str) -> Iterator[None]:
     """Take every tensor for one of a type of device inside the `with` block, where none has data; no kernel runs."""

@@ -20,6 +20,7 @@ from mlora.wording import counted, install
 OPTIONAL = {
     "bitsandbytes": ("4-bit and 8-bit base models, adamw8bit", "quant"),
     "gguf": ("base models in GGUF files", "gguf"),
+    "cudnn": ("attention in half the time on H100, H200 and later", "cudnn"),
     "lm_eval": ("lm-evaluation-harness", "eval"),
     "gradio": ("the web page", "web"),
     "tensorboard": ("--tracker tensorboard", "tensorboard"),
@@ -184,7 +185,7 @@ def optional() -> Iterator[Finding]:
 
 
 def _version_of(module: str) -> str:
-    for name in (module, module.replace("_", "-"), f"{module}-skinny"):
+    for name in (module, module.replace("_", "-"), f"{module}-skinny", f"nvidia-{module}-frontend"):
         try:
             return version(name)
         except PackageNotFoundError:

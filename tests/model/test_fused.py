@@ -88,7 +88,9 @@ def test_layers_that_read_one_input_are_computed_together(family: str, each: lis
     from mlora.ops import fused
 
     model, counts, function = multi(family, layers=1).to(DEVICE), [], fused.adapted_linears
-    monkeypatch.setattr(fused, "adapted_linears", lambda x, layers: counts.append(len(layers)) or function(x, layers))
+    monkeypatch.setattr(
+        fused, "adapted_linears", lambda x, layers, casts: counts.append(len(layers)) or function(x, layers)
+    )
     monkeypatch.setattr(ops, "fused_available", lambda x: True)
     model.add_adapter("x", METHODS["lora"](r=4, use_dora=True, target_modules="all-linear"))
     model.add_adapter("part", METHODS["lora"](r=4, target_modules=["o_proj" if family != "phi" else "dense"]))

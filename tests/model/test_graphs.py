@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mlora import ops
 from mlora.adapters import METHODS
 from mlora.config import JobConfig
 from mlora.data import Sample
@@ -15,6 +16,7 @@ from mlora.training.job import Job
 from tests.families import VOCABULARY, awaken, multi
 from tests.test_laws import VARIANTS
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COUNTING = {name for name, method in VARIANTS.items() if method.counts_tokens}
 
 
@@ -107,12 +109,37 @@ class Rerun(graphs.Graphs):
             for recorded in self._recorded.values():
                 for tensor in left(recorded.computed):
                     tensor.fill_(torch.nan)
-            computed = run()
+            computed, _ = run()
             kept[:] = kept or computed
             for tensor, new in zip(left(kept), left(computed), strict=True):
                 tensor.copy_(new)
 
         return replay, inputs, kept
+
+
+def test_matrices_cast_at_the_start_of_a_step_follow_their_parameters(monkeypatch) -> None:
+    """In kernels, interpreted: two steps of a mixture in float16, its parameters changed in between."""
+    pytest.importorskip("triton")
+    model = multi("llama", layers=1).to(DEVICE)
+    monkeypatch.setattr(ops, "fused_available", lambda x: True)
+    monkeypatch.setattr(attention, "_varlen", by_offsets)
+    model.hf_model.to(torch.float16)
+    for name in "xy":
+        model.add_adapter(name, VARIANTS["mixlora"])
+    awaken(model)
+    model.train()
+    recorded, weights = Rerun(model), dict.fromkeys("xy", graphs.Weights(0.05, 0.7))
+    for step in range(2):
+        rows = {name: draw_rows(name, 4, ord(name) + step) for name in "xy"}
+        steps = dict.fromkeys(rows, step)
+        expected = ordinary(model, rows, steps, weights)
+        gradients = collect(model, rows)
+        assert recorded.losses_and_gradients(rows, steps, weights) is not None
+        assert_close(collect(model, rows), gradients, 1e-2)
+        for name in rows:
+            for _, parameter in model.adapter_parameters(name):
+                parameter.data.mul_(1.5)
+    assert expected and len(recorded._casts._made) == 14  # A and B of every layer, of both adapters at once
 
 
 def left(computed):

@@ -30,6 +30,10 @@ def test_every_forward_fits_and_the_last_of_an_epoch_too() -> None:
     assert 1 <= len(found) < len({size_for(rows) for rows in ahead})
     for rows in ahead:
         assert any(size.holds(size_for(rows)) for size in found)
+    for rows in ahead:  # what fills a batch up is not longer than its longest sequence may be
+        for size in (size_for(rows), *(size for size in found if size.holds(size_for(rows)))):
+            spare, left = size.sequences - len(rows["x"]), size.tokens - sum(len(row.input_ids) for row in rows["x"])
+            assert left <= spare * size.longest and max(len(row.input_ids) for row in rows["x"]) <= size.longest
 
 
 def test_more_are_worth_recording_in_a_long_training_and_for_a_large_model() -> None:
@@ -51,7 +55,7 @@ def test_adapters_that_train_together_at_other_times_have_sizes_of_their_own() -
 def test_no_choice_of_sizes_costs_less() -> None:
     draw = random.Random(2)
     for _ in range(20):
-        needed = Counter({Size(8 * draw.randrange(1, 40), 3, 1): draw.randrange(1, 30) for _ in range(6)})
+        needed = Counter({Size(8 * draw.randrange(1, 40), 3, 1, 64): draw.randrange(1, 30) for _ in range(6)})
         price = draw.randrange(10**8, 10**11)
 
         def cost(ends: tuple[int, ...], needed=needed, price=price) -> int:

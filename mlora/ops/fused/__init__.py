@@ -4,6 +4,7 @@ Each has its definition in plain torch elsewhere in this room (`lowrank.py`, `ra
 and tests hold it to that. Import this package only where `ops.fused_available` says so: it needs triton.
 """
 
+from mlora.ops.fused.copies import FusedCopies
 from mlora.ops.fused.feedforward import activation_name, block_part, feed_forward
 from mlora.ops.fused.gated import gate
 from mlora.ops.fused.linear import Layer, Part, Tensors, adapted_linears
@@ -12,6 +13,7 @@ from mlora.ops.fused.products import dropout
 from mlora.ops.fused.rotary import rotary
 
 __all__ = [
+    "FusedCopies",
     "Layer",
     "Part",
     "Tensors",

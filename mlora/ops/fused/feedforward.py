@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mlora.ops.copies import Casts
 from mlora.ops.dora import frozen_weight
 from mlora.ops.fused.choices import Choices
 from mlora.ops.fused.gated import Middle, gated, gated_grad
@@ -153,10 +154,12 @@ class _FeedForward(torch.autograd.Function):
     """The block of every part; `tensors` holds the fields of `Own` for each."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: Sequence[nn.Module], parts: Sequence[Part], *tensors: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, casts: Casts | None, layers: Sequence[nn.Module], parts: Sequence[Part], *tensors: Any
+    ) -> Tensor:
         owned = _owned(tensors)
         groups = list(_groups(parts, owned))
-        stacks = [_stacked(group, owned, x.dtype) for group in groups]
+        stacks = [_stacked(group, owned, x.dtype, casts=casts) for group in groups]
         pairs = list(zip(groups, stacks, strict=True))
         gates, ups = [], []
         for group, own in pairs:
@@ -212,7 +215,7 @@ class _FeedForward(torch.autograd.Function):
             gradients += [tensor for part in zip(*each, strict=True) for tensor in part]
             codes.append([(own.gate, of_gate.codes), (own.up, of_up.codes)])
         if not ctx.needs_input_grad[0]:
-            return None, None, None, *gradients
+            return None, None, None, None, *gradients
         dx = (gate_grad @ first).addmm_(up_grad, second)
         for group, of_codes in zip(ctx.groups, codes, strict=True):
             updates = [
@@ -221,7 +224,7 @@ class _FeedForward(torch.autograd.Function):
                 if pair is not None and code is not None
             ]
             add_updates(dx[group.tokens], updates)
-        return dx, None, None, *gradients
+        return dx, None, None, None, *gradients
 
 
 def _first(group: _Group, own: _Stacks, pair: _Pair | None, x: Tensor) -> _First:
@@ -309,14 +312,17 @@ def _groups(parts: Sequence[Part], owned: Sequence[Own]) -> Iterator[_Group]:
         yield _Group(members, slice(own[0].start, own[-1].stop), own[0], dropouts)
 
 
-def _stacked(group: _Group, owned: Sequence[Own], dtype: torch.dtype, matrices: Sequence[Any] | None = None) -> _Stacks:
+def _stacked(
+    group: _Group, owned: Sequence[Own], dtype: torch.dtype, matrices: Sequence[Any] | None = None,
+    casts: Casts | None = None,
+) -> _Stacks:  # fmt: skip
     """Return the tensors of a group; the matrices are made where they were not kept."""
     columns: list[Any] = [
         None if tensors[0] is None else list(tensors) for tensors in zip(*owned[group.members], strict=True)
     ]
     if matrices is None:
         make = (narrow, wide) * 3
-        matrices = [None if own is None else to(own, dtype) for own, to in zip(columns[:6], make, strict=True)]
+        matrices = [None if own is None else to(own, dtype, casts) for own, to in zip(columns[:6], make, strict=True)]
     each = zip(columns[:6:2], columns[1:6:2], matrices[::2], matrices[1::2], strict=True)
     gate, up, down = (None if a is None else _Pair(a, b, less, more) for a, b, less, more in each)
     weights, experts = columns[6:]
@@ -361,7 +367,9 @@ def block_part(
     return part, Own(a1, b1, a3, b3, a2, b2, update.weights, update.experts)
 
 
-def feed_forward(x: Tensor, layers: Sequence[nn.Module], parts: Sequence[Part], owned: Sequence[Own]) -> Tensor:
+def feed_forward(
+    x: Tensor, layers: Sequence[nn.Module], parts: Sequence[Part], owned: Sequence[Own], casts: Casts | None = None
+) -> Tensor:
     """Return the block's output [n, D].
 
     Args:
@@ -369,5 +377,6 @@ def feed_forward(x: Tensor, layers: Sequence[nn.Module], parts: Sequence[Part], 
         layers: the frozen gate, up and down projections; the last without bias.
         parts: of every adapter, in order, without gaps.
         owned: the tensors of each part: A and B plain or [E, ...], weights [n, k] float32, experts [n, k].
+        casts: of the step; None for casting here.
     """
-    return _FeedForward.apply(unit_stride(x), layers, parts, *(tensor for own in owned for tensor in own))
+    return _FeedForward.apply(unit_stride(x), casts, layers, parts, *(tensor for own in owned for tensor in own))

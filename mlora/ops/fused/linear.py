@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from mlora.ops.copies import Casts
 from mlora.ops.dora import frozen_weight
 from mlora.ops.fused.groups import dropout_form, form_of, grouped, joined, joined_dropout
 from mlora.ops.fused.masks import Dropout
@@ -100,7 +101,7 @@ class _AdaptedLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layers: Sequence[tuple[nn.Module, Sequence[Part]]], *tensors: Any
+        ctx: Any, x: Tensor, casts: Casts | None, layers: Sequence[tuple[nn.Module, Sequence[Part]]], *tensors: Any
     ) -> tuple[Tensor, ...]:
         owned, stop = _owned(tensors), 0
         ctx.plans, outs, saved = [], [], []
@@ -112,7 +113,7 @@ class _AdaptedLinears(torch.autograd.Function):
             kept, addends = [], []
             for group in plan.groups:
                 own = owned[plan.owned][group.members]
-                a, b = narrow([t.a for t in own], x.dtype), wide([t.b for t in own], x.dtype)
+                a, b = narrow([t.a for t in own], x.dtype, casts), wide([t.b for t in own], x.dtype, casts)
                 codes = product(next(dropped), a.mT, group.scaling)
                 kept += [codes, a, b]
                 addends.append(Addend(group.tokens, _weighted(codes, own), b))
@@ -153,7 +154,7 @@ class _AdaptedLinears(torch.autograd.Function):
             for together in _alike([group for group, *_ in updates]):
                 own = [updates[i] for i in together]
                 add_updates(dx[own[0][0].tokens], [(of_codes, a, group.dropout) for group, of_codes, a in own])
-        return dx, None, *gradients
+        return dx, None, None, *gradients
 
 
 def _dropped(x: Tensor, groups: Sequence[_Group]) -> Iterator[Tensor]:
@@ -262,7 +263,13 @@ def _gradients_of_factors(
     return grad, found
 
 
-def adapted_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    """Return the outputs [n, O] of frozen layers with updates, which all read x [n, D]."""
+def adapted_linears(x: Tensor, layers: Sequence[Layer], casts: Casts | None = None) -> tuple[Tensor, ...]:
+    """Return the outputs [n, O] of frozen layers with updates, which all read x [n, D].
+
+    Args:
+        x: [n, D].
+        layers: that read it.
+        casts: of the step; None for casting here.
+    """
     tensors = (tensor for layer in layers for own in layer.tensors for tensor in own)
-    return _AdaptedLinears.apply(unit_stride(x), [(layer.frozen, layer.parts) for layer in layers], *tensors)
+    return _AdaptedLinears.apply(unit_stride(x), casts, [(layer.frozen, layer.parts) for layer in layers], *tensors)

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from mlora.ops.backend import device_type
+from mlora.ops.backend import device_type, has_data
+from mlora.ops.copies import Casts
 from mlora.ops.fused.masks import Dropout, dropped_out, mask_bits, token_keys
 
 PROGRAMS = 264
@@ -174,18 +175,31 @@ def shares(work: int, block: int, programs: int) -> tuple[int, int]:
     return triton.cdiv(work, share), share
 
 
-def narrow(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def narrow(stack: Sequence[Tensor], dtype: torch.dtype, casts: Casts | None = None) -> Tensor:
     """Return A of every adapter, [r, F] or [E, r, F], as [G, R, F] of the dtype that products run in."""
-    return _together([a.detach().flatten(0, -2) for a in stack], dtype)
+    return _together(stack, [a.detach().flatten(0, -2) for a in stack], dtype, casts)
 
 
-def wide(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def wide(stack: Sequence[Tensor], dtype: torch.dtype, casts: Casts | None = None) -> Tensor:
     """Return B of every adapter, [F, r] or [E, F, r], as [G, R, F] of the dtype that products run in."""
-    return _together([b.detach().mT for b in stack], dtype).flatten(1, -2)
+    return _together(stack, [b.detach().mT for b in stack], dtype, casts).flatten(1, -2)
 
 
-def _together(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return matrices one after the other, each read once and written once."""
+def _together(given: Sequence[Tensor], stack: Sequence[Tensor], dtype: torch.dtype, casts: Casts | None) -> Tensor:
+    """Return matrices one after the other, each read once and written once; from a step's casts where these are kept.
+
+    Kept is what is made of parameters alone: what methods compute of them is another tensor in every step.
+    """
+    parameters = all(t.is_leaf and t.requires_grad and t.dtype != dtype for t in given)
+    if casts is None or not parameters:
+        return _cast(stack, dtype)
+    made = casts.get(stack)
+    if made is None:
+        casts.add(stack, made := _cast(stack, dtype))
+    return made
+
+
+def _cast(stack: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     if len(stack) == 1:
         return stack[0].to(dtype, memory_format=torch.contiguous_format).contiguous()[None]
     out = torch.empty((len(stack), *stack[0].shape), dtype=dtype, device=stack[0].device)
@@ -316,7 +330,7 @@ def gradients_of_b(pairs: Sequence[tuple[Tensor, Tensor]], stack: Sequence[Tenso
     for grad, codes in more:
         summed = summed_products(grad, codes, len(stack), summed)
     if stack[0].ndim == 3:
-        summed = summed.unflatten(2, (len(stack[0]), -1)).transpose(1, 2).contiguous()
+        summed = summed.unflatten(2, (len(stack[0]), -1)).permute(0, 2, 1, 3)
     return list(summed.unbind(0))
 
 
@@ -324,6 +338,8 @@ def summed_products(left: Tensor, right: Tensor, groups: int, onto: Tensor | Non
     """Return l^T r of each adapter's tokens [G, A, B], float32, from l [N, A] and r [N, B]; added to what is given."""
     if left.dtype == torch.float32 or device_type(left) != "cuda":
         left, right = left.float(), right.float()
+    if onto is not None and not has_data(left):  # torch 2.11 knows no form of a product of this dtype added to another
+        return torch.empty_like(onto)
     dtype = () if left.dtype == torch.float32 else (torch.float32,)
     if groups == 1:
         left = left.mT

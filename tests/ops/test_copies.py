@@ -1,0 +1,92 @@
+"""Matrices copied together are what each is alone: cast, turned, added; on the CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytest.importorskip("triton")
+
+from mlora import ops  # noqa: E402
+from mlora.ops import fused  # noqa: E402
+from mlora.ops.fused.copies import ELEMENTS  # noqa: E402
+from mlora.ops.fused.products import narrow, wide  # noqa: E402
+
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+"""The interpreter cuts to bfloat16 where a GPU rounds."""
+
+
+@pytest.fixture(params=[True, False], ids=["kernel", "plain"], autouse=True)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "fused_available", lambda x: request.param)
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+SOURCES = {
+    "whole": lambda: draw(3, ELEMENTS + 5),
+    "vector": lambda: draw(7),
+    "turned": lambda: draw(300, 5).mT,
+    "turned experts": lambda: draw(3, 270, 16).mT,
+    "columns of a matrix": lambda: draw(517, 48)[:, 16:32],
+    "wide columns": lambda: draw(17, 700)[:, 100:400],
+    "experts side by side": lambda: draw(65, 4 * 24).unflatten(1, (4, 24)).transpose(0, 1),
+    "every other": lambda: draw(10, 40)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_copies_equal_those_of_torch(dtype: torch.dtype) -> None:
+    sources = [make() for make in SOURCES.values() for _ in range(2)]
+    targets = [torch.full(source.shape, torch.nan, device=DEVICE, dtype=dtype) for source in sources]
+    pairs = list(zip(sources, targets, strict=True))
+    ops.joint_copies(pairs).launch(pairs)
+    for name, source, target in zip([n for n in SOURCES for _ in range(2)], sources, targets, strict=True):
+        assert torch.equal(target, source.to(dtype)), name
+
+
+def test_kept_targets_are_added_to() -> None:
+    sources = [make() for make in SOURCES.values()]
+    before = [draw(*source.shape) for source in sources]
+    targets = [own.clone() for own in before]
+    keep = torch.zeros(len(sources), dtype=torch.int32, device=DEVICE)
+    pairs = list(zip(sources, targets, strict=True))
+    elsewhere = [(torch.empty_strided(s.shape, s.stride(), device=DEVICE), t.clone()) for s, t in pairs]
+    copies = ops.joint_copies(elsewhere, keep)
+    targets[0].fill_(torch.nan)  # what is not kept may be anything
+    keep[1::2] = 1
+    copies.launch(pairs)
+    for number, (source, own, target) in enumerate(zip(sources, before, targets, strict=True)):
+        assert torch.equal(target, source + own if number % 2 else source)
+
+
+def test_a_target_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 3\) cannot be copied onto \(3, 2\)"):
+        ops.joint_copies([(draw(2, 3), draw(3, 2))])
+
+
+def test_tensors_of_other_forms_are_refused() -> None:
+    pairs = [(draw(3, 40), draw(3, 40))]
+    with pytest.raises(RuntimeError, match="other forms"):
+        fused.FusedCopies(pairs, None).launch([(draw(3, 41), draw(3, 41))])
+
+
+def test_casts_follow_their_parameters() -> None:
+    """What was cast once is found again, renewed in place; what is computed of parameters is never kept."""
+    casts = ops.Casts()
+    a = [torch.nn.Parameter(draw(4, 130)) for _ in range(2)]
+    b = [torch.nn.Parameter(draw(3, 130, 4)) for _ in range(2)]
+    first, second = narrow(a, torch.float16, casts), wide(b, torch.float16, casts)
+    for p in (*a, *b):
+        p.data.mul_(-2)
+    assert torch.equal(narrow(a, torch.float16, casts), first) and narrow(a[:1], torch.float16, casts).max() != 0
+    ops.joint_copies(casts.pairs()).launch(casts.pairs())
+    assert torch.equal(narrow(a, torch.float16, casts), narrow(a, torch.float16))
+    assert torch.equal(first, narrow(a, torch.float16)) and torch.equal(second, wide(b, torch.float16))
+    computed = [a[0] * 2]
+    narrow(computed, torch.float16, casts)
+    computed[0].data.zero_()
+    assert not narrow(computed, torch.float16, casts).any()
