@@ -106,15 +106,12 @@ class Mixture(Routed, LoraConfig):
     ) -> BlockUpdate | None:
         if self.experts.use_dora or self.choices not in (1, 2) or (self.jitter_noise and segment.keys is not None):
             return None
-        logits = ops.router_logits(x, p["router"])
-        segment.record(site.path, logits)
-        routes = self.route(logits, segment)
         plain = self.experts.gated(experts, site, self.num_experts)
-        return plain._replace(weights=routes.weights, experts=routes.experts)
+        return plain._replace(router=p["router"], choices=self.choices)
 
     @property
     def choices(self) -> int | None:
-        """Experts of every token, k, where none overflows and every token has as many; None otherwise."""
+        """k, where `route` sends each token to its k most probable experts and no other thing; None otherwise."""
         return None
 
     def block(

@@ -43,7 +43,8 @@ class BlockUpdate(NamedTuple):
         num_experts: E.
         scaling: s.
         dropout: probability of dropping an entry of an update's input; each expert drops its own hidden units.
-        weights, experts: [n, k] of each token's chosen experts, none twice; None where there is one for all tokens.
+        router: [E, D], which sends each token to its most probable experts; None where there is one for all tokens.
+        choices: how many experts compute a token, one or two.
     """
 
     gate: tuple[Tensor, Tensor] | None
@@ -52,8 +53,8 @@ class BlockUpdate(NamedTuple):
     num_experts: int
     scaling: float
     dropout: float
-    weights: Tensor | None = None
-    experts: Tensor | None = None
+    router: Tensor | None = None
+    choices: int = 1
 
 
 def apply_update(update: LowRankUpdate, x: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:

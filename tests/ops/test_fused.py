@@ -146,6 +146,45 @@ def test_router_logits(tokens: int, hidden: int, experts: int, dtype: torch.dtyp
     same(of_x, wanted_x.float(), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [3, 70])
+def test_routers_asked_together(n: int, dtype: torch.dtype) -> None:
+    """Each sends its tokens where its definition does: three of one form, two of others, and tokens of none."""
+    torch.manual_seed(n)
+    forms, hidden = [(8, 2), (8, 2), (8, 2), (3, 2), (8, 1)], 40
+    x = draw(len(forms) * n + 3, hidden, dtype=dtype).requires_grad_()
+    wide = x.detach().float().requires_grad_()
+    asked, expected, of_found, of_expected = [], [], 0, 0
+    for i, (experts, k) in enumerate(forms):
+        start = i * n + (3 if i == 4 else 0)
+        asked.append(fused.Asked(start, start + n, draw(experts, hidden, scale=0.3).requires_grad_(), k))
+    found = fused.top_k_routes(x, asked)
+    for i, (own, routes) in enumerate(zip(asked, found, strict=True)):
+        logits = nn.functional.linear(wide[own.start : own.stop], own.router)
+        weights, experts = ops.top_k_routing(logits, own.choices)
+        expected.append((logits, weights))
+        assert torch.equal(routes.experts.sort(-1).values, experts.sort(-1).values)
+        same(routes.logits, logits, torch.float32)
+        same(routes.weights, weights, torch.float32)
+        for number, (ours, theirs) in enumerate(zip(routes, (logits, weights), strict=False)):
+            if (i, number) not in ((1, 0), (2, 1)):  # the loss of one takes no logits, that of another no weights
+                upstream = draw(*ours.shape)
+                of_found, of_expected = of_found + (ours * upstream).sum(), of_expected + (theirs * upstream).sum()
+    routers = [own.router for own in asked]
+    ours, theirs = (torch.autograd.grad(loss, [at, *routers]) for loss, at in ((of_found, x), (of_expected, wide)))
+    same(ours[0], theirs[0], dtype)
+    for one, other in zip(ours[1:], theirs[1:], strict=True):
+        same(one, other, torch.float32)
+
+
+def test_routers_of_experts_that_are_alike_learn_nothing() -> None:
+    torch.manual_seed(0)
+    x, router = draw(50, 16).requires_grad_(), draw(8, 16).requires_grad_()
+    (routes,) = fused.top_k_routes(x, [fused.Asked(0, 50, router, 2)])
+    alike = draw(50, 1).expand(-1, 2)
+    assert not torch.cat([g.flatten() for g in gradients(routes.weights, alike, [x, router])]).any()
+
+
 def test_only_neighbours_of_one_form_and_length_are_a_group() -> None:
     spans = [slice(0, 4), slice(4, 8), slice(8, 11), slice(11, 14), slice(15, 18), slice(18, 21)]
     forms = ["a", "a", "a", "a", "a", "b"]
@@ -224,11 +263,11 @@ def test_feed_forward(tokens, hidden, inner, num_experts, k, rank, p, activation
         # as a router may return them, tokens side by side
         chosen, picked = (t.T.contiguous().T for t in draw(tokens, num_experts).softmax(-1).topk(k))
         weights = chosen.detach().requires_grad_() if routed else torch.ones(tokens, 1, device=DEVICE)
-        choices = (weights, picked) if routed else (None, None)
-        update = ops.BlockUpdate(*pairs, num_experts, 1.5, p, *choices)
+        update = ops.BlockUpdate(*pairs, num_experts, 1.5, p)
         part, own = fused.block_part(
-            update, inside.start, inside.stop, activation, keys[inside], ("gate", "up", "down")
-        )
+            update, inside.start, inside.stop, activation, keys[inside], ("gate", "up", "down"),
+            (weights, picked) if routed else None,
+        )  # fmt: skip
         parts.append(part)
         owned.append(own)
         flat = [t for pair in pairs for t in (pair or (None, None))]

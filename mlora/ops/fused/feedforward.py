@@ -344,8 +344,9 @@ def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
 
 
 def block_part(
-    update: BlockUpdate, start: int, stop: int, activation: str, keys: Tensor | None, streams: Sequence[str]
-) -> tuple[Part, Own]:
+    update: BlockUpdate, start: int, stop: int, activation: str, keys: Tensor | None, streams: Sequence[str],
+    routes: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Part, Own]:  # fmt: skip
     """Return an adapter's update as `feed_forward` takes it.
 
     Args:
@@ -354,6 +355,7 @@ def block_part(
         activation: one of ACTIVATIONS.
         keys: [n] of the tokens' dropout; None for none.
         streams: names of the dropout streams of the gate, up and down projections.
+        routes: weights and experts [n, k] of each token, none twice; None where there is one expert.
     """
     pairs = (update.gate, update.up, update.down)
     rank = next((pair[0].shape[-2] for pair in pairs if pair is not None), 1)
@@ -364,7 +366,7 @@ def block_part(
     part = Part(start, stop, update.num_experts, rank, update.scaling, (gate, up, down), activation)
     matrices = (pair or (None, None) for pair in pairs)
     (a1, b1), (a3, b3), (a2, b2) = matrices
-    return part, Own(a1, b1, a3, b3, a2, b2, update.weights, update.experts)
+    return part, Own(a1, b1, a3, b3, a2, b2, *(routes or (None, None)))
 
 
 def feed_forward(

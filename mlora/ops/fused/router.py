@@ -3,18 +3,20 @@
 Products run in three terms, whose sum is float32's to a few units in the last place: float32 activations in TF32's
 "tf32x3"; bfloat16 ones with the other side in three parts of bfloat16, as nothing is lost of themselves.
 
-Shapes: n tokens, D hidden, E experts.
+Shapes: n tokens, D hidden, E experts, k choices; N = G n tokens of a group of G routers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlora.ops.fused.groups import grouped, joined
 from mlora.ops.fused.products import VARYING, shares, unit_stride
 
 
@@ -38,52 +40,94 @@ def _ordered(activations, other, left: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def _router(
-    x, router, logits, tokens, features, experts, x_token, share, BT: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr
+    x, routers, logits, tokens, features, experts, x_token, share, BT: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr
 ):  # fmt: skip
-    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    group = tl.program_id(2).to(tl.int64)
+    own = tl.program_id(0) * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
-    live, wanted = t < tokens, e < experts
+    live, wanted = own < tokens, e < experts
+    t = group * tokens + own
+    router = routers + group * experts * features
     total = tl.zeros((BT, BE), tl.float32)
     first = tl.program_id(1) * share
     for start in range(first, tl.minimum(first + share, features), BF):
         f = start + tl.arange(0, BF)
         inside = f < features
         part = tl.load(x + t[:, None] * x_token + f[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-        own = tl.load(router + e[:, None] * features + f[None, :], mask=wanted[:, None] & inside[None, :], other=0.0)
+        row = tl.load(router + e[:, None] * features + f[None, :], mask=wanted[:, None] & inside[None, :], other=0.0)
         if part.dtype == tl.bfloat16:
-            total += _in_parts(part, tl.trans(own), True)
+            total += _in_parts(part, tl.trans(row), True)
         else:
-            total += tl.dot(part.to(tl.float32), tl.trans(own), input_precision="tf32x3")
-    place = logits + (tl.program_id(1) * tokens.to(tl.int64) + t)[:, None] * experts + e[None, :]
+            total += tl.dot(part.to(tl.float32), tl.trans(row), input_precision="tf32x3")
+    place = logits + (tl.program_id(1) * tl.num_programs(2) * tokens.to(tl.int64) + t)[:, None] * experts + e[None, :]
     tl.store(place, total, mask=live[:, None] & wanted[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _choose(
+    partial, logits, weights, chosen, tokens, experts, PARTS: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
+    BE: tl.constexpr,
+):  # fmt: skip
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    e = tl.arange(0, BE)
+    live = t < tokens
+    both = live[:, None] & (e < experts)[None, :]
+    place = t[:, None] * experts + e[None, :]
+    total = tl.zeros((BT, BE), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(partial + part * tokens.to(tl.int64) * experts + place, mask=both, other=0.0)
+    tl.store(logits + place, total, mask=both)
+    ranked = tl.where((e < experts)[None, :], total, float("-inf"))
+    first, one = tl.max(ranked, 1), tl.argmax(ranked, 1)
+    tl.store(chosen + t * K, one.to(tl.int64), mask=live)
+    if K == 2:
+        ranked = tl.where(e[None, :] == one[:, None], float("-inf"), ranked)
+        second, two = tl.max(ranked, 1), tl.argmax(ranked, 1)
+        ratio = tl.exp(second - first)
+        tl.store(weights + t * K, 1 / (1 + ratio), mask=live)
+        tl.store(weights + t * K + 1, ratio / (1 + ratio), mask=live)
+        tl.store(chosen + t * K + 1, two.to(tl.int64), mask=live)
+    else:
+        tl.store(weights + t * K, tl.full((BT,), 1.0, tl.float32), mask=live)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _router_grad(
-    grad, x, router, x_grad, router_grad, tokens, features, experts, x_token, share, BT: tl.constexpr,
-    BF: tl.constexpr, BE: tl.constexpr,
+    grad, weights_grad, weights, chosen, x, routers, x_grad, routers_grad, tokens, features, experts, x_token, share,
+    LOGITS: tl.constexpr, CHOSEN: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
+    group = tl.program_id(2).to(tl.int64)
     f = tl.program_id(0) * BF + tl.arange(0, BF)
     e = tl.arange(0, BE)
     inside, wanted = f < features, e < experts
     columns = wanted[:, None] & inside[None, :]
-    own = tl.load(router + e[:, None] * features + f[None, :], mask=columns, other=0.0)
+    router = tl.load(routers + group * experts * features + e[:, None] * features + f[None, :], mask=columns, other=0.0)
     total = tl.zeros((BE, BF), tl.float32)
     first = tl.program_id(1) * share
     for base in range(first, tl.minimum(first + share, tokens), BT):
-        t = (base + tl.arange(0, BT)).to(tl.int64)
-        live = t < tokens
+        own = base + tl.arange(0, BT)
+        live = own < tokens
+        t = group * tokens + own
         both = live[:, None] & inside[None, :]
-        g = tl.load(grad + t[:, None] * experts + e[None, :], mask=live[:, None] & wanted[None, :], other=0.0)
+        g = tl.zeros((BT, BE), tl.float32)
+        if LOGITS:
+            g += tl.load(grad + t[:, None] * experts + e[None, :], mask=live[:, None] & wanted[None, :], other=0.0)
+        if CHOSEN:  # softmax of two: what one gains the other loses, and nothing where their experts are alike
+            more = tl.load(weights_grad + 2 * t + 1, mask=live, other=0.0)
+            more -= tl.load(weights_grad + 2 * t, mask=live, other=0.0)
+            more *= tl.load(weights + 2 * t, mask=live, other=0.0) * tl.load(weights + 2 * t + 1, mask=live, other=0.0)
+            one = tl.load(chosen + 2 * t, mask=live, other=0)[:, None] == e[None, :]
+            two = tl.load(chosen + 2 * t + 1, mask=live, other=0)[:, None] == e[None, :]
+            g += tl.where(two, more[:, None], 0.0) - tl.where(one, more[:, None], 0.0)
         part = tl.load(x + t[:, None] * x_token + f[None, :], mask=both, other=0.0)
         if part.dtype == tl.bfloat16:  # which TF32 is finer than
             total += _in_parts(part, tl.trans(g), False)
-            spread = tl.dot(g, own, input_precision="tf32")
+            spread = tl.dot(g, router, input_precision="tf32")
         else:
             total += tl.dot(tl.trans(g), part.to(tl.float32), input_precision="tf32x3")
-            spread = tl.dot(g, own, input_precision="tf32x3")
+            spread = tl.dot(g, router, input_precision="tf32x3")
         tl.store(x_grad + t[:, None] * features + f[None, :], spread.to(x_grad.dtype.element_ty), mask=both)
-    place = router_grad + tl.program_id(1).to(tl.int64) * experts * features
+    place = routers_grad + (tl.program_id(1) * tl.num_programs(2) + group) * experts * features
     tl.store(place + e[:, None] * features + f[None, :], total, mask=columns)
 
 
@@ -91,34 +135,155 @@ class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, router: Tensor) -> Tensor:
         ctx.save_for_backward(x, router)
-        tiles = triton.cdiv(len(x), 32)
-        parts, share = shares(x.shape[1], 128, tiles)
-        logits = x.new_empty((parts, len(x), len(router)), dtype=torch.float32)
-        if len(x):
-            _router[(tiles, parts)](
-                x, router, logits, len(x), x.shape[1], len(router), x.stride(0), share, BT=32, BF=128,
-                BE=_block(router), num_warps=2,
-            )  # fmt: skip
-        return logits.sum(0)
+        return _logits(x, router[None]).sum(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, router = ctx.saved_tensors
-        tiles = triton.cdiv(x.shape[1], 128)
-        parts, share = shares(max(len(x), 1), 32, tiles)
         x_grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        router_grad = router.new_empty((parts, *router.shape))
-        _router_grad[(tiles, parts)](
-            grad.contiguous(), x, router, x_grad, router_grad, len(x), x.shape[1], len(router), x.stride(0), share,
-            BT=32, BF=128, BE=_block(router),
+        return x_grad, _gradients(x, router[None], x_grad, grad.contiguous())[0]
+
+
+class Asked(NamedTuple):
+    """Tokens [start, stop) that a router sends to the k most probable of its experts.
+
+    Attributes:
+        start, stop: tokens.
+        router: [E, D].
+        choices: k, one or two.
+    """
+
+    start: int
+    stop: int
+    router: Tensor
+    choices: int
+
+
+class Routes(NamedTuple):
+    """What a router says of its tokens.
+
+    Attributes:
+        logits: [n, E] float32.
+        weights, experts: [n, k], the more probable first.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    experts: Tensor
+
+
+class _Routes(torch.autograd.Function):
+    """The fields of `Routes` for each part, from as many routers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spans: Sequence[tuple[int, int, int]], *routers: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        asked = [Asked(*span[:2], router, span[2]) for span, router in zip(spans, routers, strict=True)]
+        ctx.members = list(grouped(asked, lambda i: (asked[i].choices, asked[i].router.shape)))
+        ctx.spans, ctx.left_out = spans, len(x) - sum(own.stop - own.start for own in asked)
+        found, kept = list[Tensor](), list[Tensor]()
+        for members in ctx.members:
+            own = asked[members]
+            stack = torch.stack([each.router for each in own])
+            routes = _choices(x[own[0].start : own[-1].stop], stack, own[0].choices)
+            kept += [stack, routes.weights, routes.experts]
+            each = zip(*(tensor.chunk(len(own)) for tensor in routes), strict=True)
+            found += [tensor for part in each for tensor in part]
+        ctx.save_for_backward(x, *kept)
+        ctx.mark_non_differentiable(*found[2::3])
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        x_grad = (torch.zeros if ctx.left_out else torch.empty)(x.shape, dtype=x.dtype, device=x.device)
+        gradients: list[Tensor] = []
+        for number, members in enumerate(ctx.members):
+            stack, weights, experts = kept[3 * number : 3 * number + 3]
+            tokens = slice(ctx.spans[members.start][0], ctx.spans[members.stop - 1][1])
+            count = members.stop - members.start
+            of_logits = _joined(grads[::3][members], (len(weights) // count, stack.shape[1]))
+            of_weights = None  # of a single choice the weight is 1
+            if weights.shape[1] == 2:
+                of_weights = _joined(grads[1::3][members], (len(weights) // count, 2))
+            gradients += _gradients(x[tokens], stack, x_grad[tokens], of_logits, of_weights, weights, experts)
+        return x_grad, None, *gradients
+
+
+def _joined(grads: Sequence[Tensor | None], shape: tuple[int, int]) -> Tensor | None:
+    """Return gradients one after the other, zeros where one lacks; None where all do."""
+    if all(grad is None for grad in grads):
+        return None
+    like = next(grad for grad in grads if grad is not None)
+    return joined([like.new_zeros(shape) if grad is None else grad for grad in grads]).contiguous()
+
+
+def _logits(x: Tensor, routers: Tensor) -> Tensor:
+    """Return the parts of logits [parts, N, E], whose sum they are, of G routers [G, E, D]."""
+    groups, experts, features = routers.shape
+    tokens = len(x) // groups
+    tiles = triton.cdiv(tokens, 32)
+    parts, share = shares(features, 128, max(tiles * groups, 1))
+    logits = x.new_empty((parts, len(x), experts), dtype=torch.float32)
+    if tokens:
+        _router[(tiles, parts, groups)](
+            x, routers, logits, tokens, features, experts, x.stride(0), share, BT=32, BF=128, BE=_block(experts),
+            num_warps=2,
         )  # fmt: skip
-        return x_grad, router_grad.sum(0)
+    return logits
 
 
-def _block(router: Tensor) -> int:
-    return max(16, triton.next_power_of_2(len(router)))
+def _choices(x: Tensor, routers: Tensor, choices: int) -> Routes:
+    """Return what G routers [G, E, D] say of x [N, D]."""
+    partial, experts = _logits(x, routers), routers.shape[1]
+    logits = partial.new_empty((len(x), experts))
+    weights, chosen = logits.new_empty((len(x), choices)), x.new_empty((len(x), choices), dtype=torch.int64)
+    if len(x):
+        _choose[(triton.cdiv(len(x), 64),)](
+            partial, logits, weights, chosen, len(x), experts, PARTS=len(partial), K=choices, BT=64,
+            BE=_block(experts),
+        )  # fmt: skip
+    return Routes(logits, weights, chosen)
+
+
+def _gradients(
+    x: Tensor, routers: Tensor, x_grad: Tensor, grad: Tensor | None, weights_grad: Tensor | None = None,
+    weights: Tensor | None = None, chosen: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Write the gradient of x [N, D] to `x_grad` and return that of G routers [G, E, D].
+
+    Args:
+        x: [N, D].
+        routers: [G, E, D].
+        x_grad: [N, D].
+        grad: of logits [N, E]; None for 0.
+        weights_grad: of weights [N, 2]; None for 0.
+        weights, chosen: [N, 2] of both choices.
+    """
+    groups, experts, features = routers.shape
+    tokens = len(x) // groups
+    tiles = triton.cdiv(features, 128)
+    parts, share = shares(max(tokens, 1), 32, tiles * groups)
+    routers_grad = routers.new_empty((parts, *routers.shape))
+    given = [routers if tensor is None else tensor for tensor in (grad, weights_grad, weights, chosen)]
+    _router_grad[(tiles, parts, groups)](
+        *given, x, routers, x_grad, routers_grad, tokens, features, experts, x.stride(0), share,
+        LOGITS=grad is not None, CHOSEN=weights_grad is not None, BT=32, BF=128, BE=_block(experts),
+    )  # fmt: skip
+    return routers_grad[0] if parts == 1 else routers_grad.sum(0)
+
+
+def _block(experts: int) -> int:
+    return max(16, triton.next_power_of_2(experts))
 
 
 def fused_router_logits(x: Tensor, router: Tensor) -> Tensor:
     """Return R x [n, E] float32, from x [n, D] of any dtype and router [E, D] float32."""
     return _RouterLogits.apply(unit_stride(x), router.float().contiguous())
+
+
+def top_k_routes(x: Tensor, asked: Sequence[Asked]) -> list[Routes]:
+    """Return what each router says of its tokens of x [n, D]; those of one form are asked together."""
+    spans = [(own.start, own.stop, own.choices) for own in asked]
+    found = _Routes.apply(unit_stride(x), spans, *(own.router.float() for own in asked))
+    return [Routes(*found[i : i + 3]) for i in range(0, len(found), 3)]
