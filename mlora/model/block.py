@@ -87,27 +87,21 @@ class AdaptedBlock(Wrapper):
         return adapter.method.block_update(adapter.tensors.get(site.path, {}), experts, x, site, segment)
 
     def _fused(self, x: Tensor, segments: Sequence[Segment], updates: Sequence[tuple[str, BlockUpdate]]) -> Tensor:
-        """Return the output from kernels; all routers are asked at once."""
+        """Return the output from kernels, and leave what routers said with the segments."""
         from mlora.ops import fused
 
-        asked = {
-            i: fused.Asked(s.start, s.stop, update.router, update.choices)
-            for i, (s, (_, update)) in enumerate(zip(segments, updates, strict=True))
-            if update.router is not None
-        }
-        routes = dict(zip(asked, fused.top_k_routes(x, list(asked.values())), strict=True)) if asked else {}
-        for i, found in routes.items():
-            segments[i].record(self.site.path, found.logits)
         streams = [layer.path for layer in (*self.site.ups, self.site.down)]
         parts = [
-            fused.block_part(
-                update, s.start, s.stop, activation, s.keys, streams, routes[i][1:] if i in routes else None
-            )
-            for i, (s, (activation, update)) in enumerate(zip(segments, updates, strict=True))
+            fused.block_part(update, s.start, s.stop, activation, s.keys, streams)
+            for s, (activation, update) in zip(segments, updates, strict=True)
         ]
         layers = tuple(self._linear(layer).frozen for layer in (*self.site.ups, self.site.down))
         every, owned = zip(*parts, strict=True)
-        return fused.feed_forward(x, layers, every, owned, self.scope.casts)
+        out, logits = fused.feed_forward(x, layers, every, owned, self.scope.casts)
+        for s, own in zip(segments, logits, strict=True):
+            if own is not None:
+                s.record(self.site.path, own)
+        return out
 
     def _plain(self, x: Tensor, segments: Sequence[Segment], updates: object) -> Tensor:
         """Return the output of the base's own forward over its adapted linears."""

@@ -68,12 +68,7 @@ def rotary(dtype: torch.dtype) -> None:
 
 def router(dtype: torch.dtype) -> None:
     x = torch.zeros(64, 96, dtype=dtype, requires_grad=True)
-    routers = [torch.zeros(8, 96, requires_grad=True) for _ in range(2)]
-    fused_router_logits(x, routers[0]).sum().backward()
-    for k in (1, 2):
-        asked = [fused.Asked(32 * i, 32 * i + 32, router, k) for i, router in enumerate(routers)]
-        found = fused.top_k_routes(x, asked)
-        torch.stack([own.weights.sum() + own.logits.sum() for own in found]).sum().backward()
+    fused_router_logits(x, torch.zeros(8, 96, requires_grad=True)).sum().backward()
 
 
 def linear(dtype: torch.dtype, routed: bool, p: float) -> None:
@@ -95,13 +90,15 @@ def block(dtype: torch.dtype, routed: bool, p: float) -> None:
     sizes = ((hidden, inner), (hidden, inner), (inner, hidden))
     for k in (1, 2) if routed else (1,):
         pairs = [(torch.zeros(experts, 8, i, requires_grad=True), torch.zeros(experts, o, 8)) for i, o in sizes]
-        routes = (torch.zeros(n, k), torch.zeros(n, k, dtype=torch.int64)) if routed else None
-        update = ops.BlockUpdate(*pairs, experts, 1.0, p)
+        router = torch.zeros(experts, hidden, requires_grad=True) if routed else None
+        update = ops.BlockUpdate(*pairs, experts, 1.0, p, router, k)
         keys = torch.zeros(n, dtype=torch.int32)
         for activation in ("silu", "gelu", "gelu_tanh") if dtype == torch.bfloat16 and p else ("silu",):
-            part, own = fused.block_part(update, 0, n, activation, keys, ("gate", "up", "down"), routes)
+            part, own = fused.block_part(update, 0, n, activation, keys, ("gate", "up", "down"))
             x = torch.zeros(n, hidden, dtype=dtype, requires_grad=True)
-            fused.feed_forward(x, [layer.requires_grad_(False) for layer in layers], [part], [own]).sum().backward()
+            frozen = [layer.requires_grad_(False) for layer in layers]
+            out, logits = fused.feed_forward(x, frozen, [part], [own])
+            sum(t.sum() for t in (out, *logits) if t is not None).backward()
 
 
 if __name__ == "__main__":

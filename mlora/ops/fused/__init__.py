@@ -11,10 +11,8 @@ from mlora.ops.fused.linear import Layer, Part, Tensors, adapted_linears
 from mlora.ops.fused.masks import dropout_of
 from mlora.ops.fused.products import dropout
 from mlora.ops.fused.rotary import rotary
-from mlora.ops.fused.router import Asked, top_k_routes
 
 __all__ = [
-    "Asked",
     "FusedCopies",
     "Layer",
     "Part",
@@ -27,5 +25,4 @@ __all__ = [
     "feed_forward",
     "gate",
     "rotary",
-    "top_k_routes",
 ]

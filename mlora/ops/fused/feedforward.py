@@ -34,6 +34,7 @@ from mlora.ops.fused.products import (
     unit_stride,
     wide,
 )
+from mlora.ops.fused.router import ADDED, router_gradients, routes_of
 from mlora.ops.lowrank import BlockUpdate
 
 
@@ -43,6 +44,7 @@ class Part(NamedTuple):
     Attributes:
         start, stop: tokens.
         num_experts, rank, scaling: E, r and s.
+        choices: k, of routed experts.
         dropouts: of what the gate, up and down projections' updates read.
         activation: one of ACTIVATIONS.
     """
@@ -52,12 +54,13 @@ class Part(NamedTuple):
     num_experts: int
     rank: int
     scaling: float
+    choices: int
     dropouts: tuple[Dropout | None, Dropout | None, Dropout | None]
     activation: str
 
 
 class Own(NamedTuple):
-    """The tensors of one part; None for what it has not. Weights and experts [n, k] are those of routed experts."""
+    """The tensors of one part, the last a router [E, D]; None for what it has not."""
 
     gate_a: Tensor | None
     gate_b: Tensor | None
@@ -65,8 +68,7 @@ class Own(NamedTuple):
     up_b: Tensor | None
     down_a: Tensor | None
     down_b: Tensor | None
-    weights: Tensor | None
-    experts: Tensor | None
+    router: Tensor | None
 
 
 class _Group(NamedTuple):
@@ -135,6 +137,8 @@ class _Kept(NamedTuple):
         gate_more, up_more: what the second choice has more [N, I].
         down_codes: s sum_j w_j A2 d(h_j) [N, E r].
         gate_narrow, ..., down_wide: the matrices of its stacks.
+        routers: [G, E, D] float32.
+        weights, experts: [N, k] of its tokens' choices.
     """
 
     gate_codes: Tensor | None
@@ -148,18 +152,30 @@ class _Kept(NamedTuple):
     up_wide: Tensor | None
     down_narrow: Tensor | None
     down_wide: Tensor | None
+    routers: Tensor | None
+    weights: Tensor | None
+    experts: Tensor | None
 
 
 class _FeedForward(torch.autograd.Function):
-    """The block of every part; `tensors` holds the fields of `Own` for each."""
+    """The block of every part, and logits of those that have a router; `tensors` holds the fields of `Own` for each."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, casts: Casts | None, layers: Sequence[nn.Module], parts: Sequence[Part], *tensors: Any
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         owned = _owned(tensors)
         groups = list(_groups(parts, owned))
-        stacks = [_stacked(group, owned, x.dtype, casts=casts) for group in groups]
+        routers = [_routers(owned[group.members]) for group in groups]
+        routes = [
+            None if own is None else routes_of(x[group.tokens], own, group.form.choices)
+            for group, own in zip(groups, routers, strict=True)
+        ]
+        stacks = [
+            _stacked(group, owned, x.dtype, None if own is None else own[1:], casts=casts)
+            for group, own in zip(groups, routes, strict=True)
+        ]
         pairs = list(zip(groups, stacks, strict=True))
         gates, ups = [], []
         for group, own in pairs:
@@ -172,21 +188,27 @@ class _FeedForward(torch.autograd.Function):
         )
         hidden = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         every, addends = [], []
-        for (group, own), first, second in zip(pairs, gates, ups, strict=True):
+        for i, ((group, own), first, second) in enumerate(zip(pairs, gates, ups, strict=True)):
             kept = gated(_middle(group, own, gate, up, first.more, second.more), hidden[group.tokens])
             codes = None
             if own.down is not None and kept is not None:
                 of_choices = product(kept.view(-1, kept.shape[-1]), own.down.narrow.mT, group.form.scaling)
                 codes = of_choices if own.choices is None else own.choices.sum(of_choices)
                 addends.append(Addend(group.tokens, codes, own.down.wide))
-            every.append(_Kept(first.codes, second.codes, first.more, second.more, codes, *own.matrices))
+            of_first = first.codes, second.codes, first.more, second.more
+            chosen = (None, None) if own.choices is None else own.choices[:2]
+            every.append(_Kept._make((*of_first, codes, *own.matrices, routers[i], *chosen)))
         ctx.layers, ctx.groups = layers, groups
         ctx.save_for_backward(x, gate, up, *(tensor for kept in every for tensor in kept), *tensors)
-        return frozen_product(layers[2], hidden, addends)
+        out = frozen_product(layers[2], hidden, addends)
+        each = zip(groups, routes, strict=True)
+        return out, *(part for group, own in each if own is not None for part in own.logits.chunk(_count(group)))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *logits_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, gate, up, *rest = ctx.saved_tensors
+        if grad is None:  # only routers have a loss
+            grad = x.new_zeros(len(x), len(frozen_weight(ctx.layers[2])))
         size = len(_Kept._fields)
         every = [_Kept(*rest[size * i : size * (i + 1)]) for i in range(len(ctx.groups))]
         owned = _owned(rest[size * len(ctx.groups) :])
@@ -194,10 +216,10 @@ class _FeedForward(torch.autograd.Function):
         first, second, third = (frozen_weight(layer).to(grad.dtype) for layer in ctx.layers)
         hidden_grad = grad @ third
         gate_grad, up_grad = torch.empty_like(hidden_grad), torch.empty_like(hidden_grad)
-        gradients: list[Tensor | None] = []
-        codes = []
+        of_experts, of_weights, codes = [], [], []
         for group, kept in zip(ctx.groups, every, strict=True):
-            own, t = _stacked(group, owned, grad.dtype, kept[5:]), group.tokens
+            chosen = None if kept.weights is None or kept.experts is None else (kept.weights, kept.experts)
+            own, t = _stacked(group, owned, grad.dtype, chosen, kept[5:11]), group.tokens
             middle = _middle(group, own, gate, up, kept.gate_more, kept.up_more)
             down_grad, of_down_b = _of_down(group, own, kept.down_codes, grad[t])
             by_updates = weighted = None
@@ -210,20 +232,29 @@ class _FeedForward(torch.autograd.Function):
                 of_down_a = gradients_of_a(weighted, found.kept.view(-1, found.kept.shape[-1]), own.down.a)
             of_gate = _of_first(group, own, own.gate, x[t], kept.gate_codes, gate_grad[t], found.gate_more, 0)
             of_up = _of_first(group, own, own.up, x[t], kept.up_codes, up_grad[t], found.up_more, 1)
-            of_weights = _none(group) if found.weights is None else found.weights.chunk(_count(group))
-            each = of_gate.a, of_gate.b, of_up.a, of_up.b, of_down_a, of_down_b, of_weights, _none(group)
-            gradients += [tensor for part in zip(*each, strict=True) for tensor in part]
+            of_experts.append((of_gate.a, of_gate.b, of_up.a, of_up.b, of_down_a, of_down_b))
+            of_weights.append(found.weights)
             codes.append([(own.gate, of_gate.codes), (own.up, of_up.codes)])
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, *gradients
-        dx = (gate_grad @ first).addmm_(up_grad, second)
-        for group, of_codes in zip(ctx.groups, codes, strict=True):
+        dx = (gate_grad @ first).addmm_(up_grad, second) if ctx.needs_input_grad[0] else None
+        gradients, left = list[Tensor | None](), list(logits_grads)
+        for i, (group, kept) in enumerate(zip(ctx.groups, every, strict=True)):
+            here = None if dx is None else dx[group.tokens]
+            of_routers: Sequence[Tensor | None] = _none(group)
+            if kept.routers is not None and kept.weights is not None and kept.experts is not None:
+                of_logits, left = _joined(left[: _count(group)], kept), left[_count(group) :]
+                of_routers = router_gradients(
+                    x[group.tokens], kept.routers, here, ADDED, of_logits, of_weights[i], kept.weights, kept.experts
+                ).unbind(0)  # fmt: skip
+            each = *of_experts[i], of_routers
+            gradients += [tensor for part in zip(*each, strict=True) for tensor in part]
+            if here is None:
+                continue
             updates = [
                 (code, pair.narrow, dropout)
-                for (pair, code), dropout in zip(of_codes, group.dropouts, strict=False)
+                for (pair, code), dropout in zip(codes[i], group.dropouts, strict=False)
                 if pair is not None and code is not None
             ]
-            add_updates(dx[group.tokens], updates)
+            add_updates(here, updates)
         return dx, None, None, None, *gradients
 
 
@@ -298,12 +329,11 @@ def _owned(tensors: Sequence[Any]) -> list[Own]:
 def _groups(parts: Sequence[Part], owned: Sequence[Own]) -> Iterator[_Group]:
     def form(number: int) -> tuple[Any, ...]:
         part = parts[number]
-        plain = part.num_experts, part.rank, part.scaling, part.activation
+        plain = part.num_experts, part.rank, part.scaling, part.choices, part.activation
         return (
             *plain,
             *map(dropout_form, part.dropouts),
-            *map(form_of, owned[number][:6]),
-            owned[number].weights is None,
+            *map(form_of, owned[number]),
         )
 
     for members in grouped(parts, form):
@@ -313,8 +343,8 @@ def _groups(parts: Sequence[Part], owned: Sequence[Own]) -> Iterator[_Group]:
 
 
 def _stacked(
-    group: _Group, owned: Sequence[Own], dtype: torch.dtype, matrices: Sequence[Any] | None = None,
-    casts: Casts | None = None,
+    group: _Group, owned: Sequence[Own], dtype: torch.dtype, chosen: tuple[Tensor, Tensor] | None,
+    matrices: Sequence[Any] | None = None, casts: Casts | None = None,
 ) -> _Stacks:  # fmt: skip
     """Return the tensors of a group; the matrices are made where they were not kept."""
     columns: list[Any] = [
@@ -325,12 +355,22 @@ def _stacked(
         matrices = [None if own is None else to(own, dtype, casts) for own, to in zip(columns[:6], make, strict=True)]
     each = zip(columns[:6:2], columns[1:6:2], matrices[::2], matrices[1::2], strict=True)
     gate, up, down = (None if a is None else _Pair(a, b, less, more) for a, b, less, more in each)
-    weights, experts = columns[6:]
-    choices = None
-    if weights is not None:
-        weights, experts = joined(weights).contiguous(), joined(experts).contiguous()
-        choices = Choices(weights, experts, group.form.rank, _count(group))
+    choices = None if chosen is None else Choices(*chosen, group.form.rank, _count(group))
     return _Stacks(gate, up, down, choices)
+
+
+def _routers(owned: Sequence[Own]) -> Tensor | None:
+    """Return the routers of a group [G, E, D] float32; None where it has none."""
+    known = [own.router for own in owned if own.router is not None]
+    return torch.stack(known).float() if known else None
+
+
+def _joined(grads: Sequence[Tensor | None], kept: _Kept) -> Tensor | None:
+    """Return the gradients of a group's logits [N, E], 0 where one lacks; None where all do."""
+    if kept.routers is None or kept.weights is None or all(grad is None for grad in grads):
+        return None
+    shape = len(kept.weights) // len(grads), kept.routers.shape[1]
+    return joined([kept.routers.new_zeros(shape) if grad is None else grad for grad in grads]).contiguous()
 
 
 def _count(group: _Group) -> int:
@@ -344,9 +384,8 @@ def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
 
 
 def block_part(
-    update: BlockUpdate, start: int, stop: int, activation: str, keys: Tensor | None, streams: Sequence[str],
-    routes: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Part, Own]:  # fmt: skip
+    update: BlockUpdate, start: int, stop: int, activation: str, keys: Tensor | None, streams: Sequence[str]
+) -> tuple[Part, Own]:
     """Return an adapter's update as `feed_forward` takes it.
 
     Args:
@@ -355,7 +394,6 @@ def block_part(
         activation: one of ACTIVATIONS.
         keys: [n] of the tokens' dropout; None for none.
         streams: names of the dropout streams of the gate, up and down projections.
-        routes: weights and experts [n, k] of each token, none twice; None where there is one expert.
     """
     pairs = (update.gate, update.up, update.down)
     rank = next((pair[0].shape[-2] for pair in pairs if pair is not None), 1)
@@ -363,22 +401,24 @@ def block_part(
         None if pair is None else dropout_of(keys, update.dropout, stream)
         for pair, stream in zip(pairs, streams, strict=True)
     )
-    part = Part(start, stop, update.num_experts, rank, update.scaling, (gate, up, down), activation)
+    part = Part(start, stop, update.num_experts, rank, update.scaling, update.choices, (gate, up, down), activation)
     matrices = (pair or (None, None) for pair in pairs)
     (a1, b1), (a3, b3), (a2, b2) = matrices
-    return part, Own(a1, b1, a3, b3, a2, b2, *(routes or (None, None)))
+    return part, Own(a1, b1, a3, b3, a2, b2, update.router)
 
 
 def feed_forward(
     x: Tensor, layers: Sequence[nn.Module], parts: Sequence[Part], owned: Sequence[Own], casts: Casts | None = None
-) -> Tensor:
-    """Return the block's output [n, D].
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the block's output [n, D], and of each part its router's logits [n, E] float32; None without a router.
 
     Args:
         x: [n, D].
         layers: the frozen gate, up and down projections; the last without bias.
         parts: of every adapter, in order, without gaps.
-        owned: the tensors of each part: A and B plain or [E, ...], weights [n, k] float32, experts [n, k].
+        owned: the tensors of each part: A and B plain or [E, ...], a router [E, D].
         casts: of the step; None for casting here.
     """
-    return _FeedForward.apply(unit_stride(x), casts, layers, parts, *(tensor for own in owned for tensor in own))
+    tensors = (tensor for own in owned for tensor in own)
+    out, *found = _FeedForward.apply(unit_stride(x), casts, layers, parts, *tensors)
+    return out, [None if own.router is None else found.pop(0) for own in owned]

@@ -8,7 +8,6 @@ Shapes: n tokens, D hidden, E experts, k choices; N = G n tokens of a group of G
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlora.ops.fused.groups import grouped, joined
 from mlora.ops.fused.products import VARYING, shares, unit_stride
+
+WRITTEN, ADDED = (tl.constexpr(i) for i in (1, 2))
+"""What becomes of the gradient of x; 0 for nothing."""
 
 
 @triton.jit
@@ -94,7 +95,8 @@ def _choose(
 @triton.jit(do_not_specialize=VARYING)
 def _router_grad(
     grad, weights_grad, weights, chosen, x, routers, x_grad, routers_grad, tokens, features, experts, x_token, share,
-    LOGITS: tl.constexpr, CHOSEN: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr,
+    LOGITS: tl.constexpr, CHOSEN: tl.constexpr, INPUT: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
+    BE: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(2).to(tl.int64)
     f = tl.program_id(0) * BF + tl.arange(0, BF)
@@ -120,13 +122,19 @@ def _router_grad(
             two = tl.load(chosen + 2 * t + 1, mask=live, other=0)[:, None] == e[None, :]
             g += tl.where(two, more[:, None], 0.0) - tl.where(one, more[:, None], 0.0)
         part = tl.load(x + t[:, None] * x_token + f[None, :], mask=both, other=0.0)
-        if part.dtype == tl.bfloat16:  # which TF32 is finer than
+        if part.dtype == tl.bfloat16:
             total += _in_parts(part, tl.trans(g), False)
-            spread = tl.dot(g, router, input_precision="tf32")
         else:
             total += tl.dot(tl.trans(g), part.to(tl.float32), input_precision="tf32x3")
-            spread = tl.dot(g, router, input_precision="tf32x3")
-        tl.store(x_grad + t[:, None] * features + f[None, :], spread.to(x_grad.dtype.element_ty), mask=both)
+        if INPUT > 0:
+            if part.dtype == tl.bfloat16:  # which TF32 is finer than
+                spread = tl.dot(g, router, input_precision="tf32")
+            else:
+                spread = tl.dot(g, router, input_precision="tf32x3")
+            place = x_grad + t[:, None] * features + f[None, :]
+            if INPUT == ADDED:
+                spread += tl.load(place, mask=both, other=0.0).to(tl.float32)
+            tl.store(place, spread.to(x_grad.dtype.element_ty), mask=both)
     place = routers_grad + (tl.program_id(1) * tl.num_programs(2) + group) * experts * features
     tl.store(place + e[:, None] * features + f[None, :], total, mask=columns)
 
@@ -141,81 +149,20 @@ class _RouterLogits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, router = ctx.saved_tensors
         x_grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        return x_grad, _gradients(x, router[None], x_grad, grad.contiguous())[0]
-
-
-class Asked(NamedTuple):
-    """Tokens [start, stop) that a router sends to the k most probable of its experts.
-
-    Attributes:
-        start, stop: tokens.
-        router: [E, D].
-        choices: k, one or two.
-    """
-
-    start: int
-    stop: int
-    router: Tensor
-    choices: int
+        return x_grad, router_gradients(x, router[None], x_grad, WRITTEN, grad.contiguous())[0]
 
 
 class Routes(NamedTuple):
-    """What a router says of its tokens.
+    """What a group's routers say of its tokens.
 
     Attributes:
-        logits: [n, E] float32.
-        weights, experts: [n, k], the more probable first.
+        logits: [N, E] float32.
+        weights, experts: [N, k], the more probable first.
     """
 
     logits: Tensor
     weights: Tensor
     experts: Tensor
-
-
-class _Routes(torch.autograd.Function):
-    """The fields of `Routes` for each part, from as many routers."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, spans: Sequence[tuple[int, int, int]], *routers: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        asked = [Asked(*span[:2], router, span[2]) for span, router in zip(spans, routers, strict=True)]
-        ctx.members = list(grouped(asked, lambda i: (asked[i].choices, asked[i].router.shape)))
-        ctx.spans, ctx.left_out = spans, len(x) - sum(own.stop - own.start for own in asked)
-        found, kept = list[Tensor](), list[Tensor]()
-        for members in ctx.members:
-            own = asked[members]
-            stack = torch.stack([each.router for each in own])
-            routes = _choices(x[own[0].start : own[-1].stop], stack, own[0].choices)
-            kept += [stack, routes.weights, routes.experts]
-            each = zip(*(tensor.chunk(len(own)) for tensor in routes), strict=True)
-            found += [tensor for part in each for tensor in part]
-        ctx.save_for_backward(x, *kept)
-        ctx.mark_non_differentiable(*found[2::3])
-        return tuple(found)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *kept = ctx.saved_tensors
-        x_grad = (torch.zeros if ctx.left_out else torch.empty)(x.shape, dtype=x.dtype, device=x.device)
-        gradients: list[Tensor] = []
-        for number, members in enumerate(ctx.members):
-            stack, weights, experts = kept[3 * number : 3 * number + 3]
-            tokens = slice(ctx.spans[members.start][0], ctx.spans[members.stop - 1][1])
-            count = members.stop - members.start
-            of_logits = _joined(grads[::3][members], (len(weights) // count, stack.shape[1]))
-            of_weights = None  # of a single choice the weight is 1
-            if weights.shape[1] == 2:
-                of_weights = _joined(grads[1::3][members], (len(weights) // count, 2))
-            gradients += _gradients(x[tokens], stack, x_grad[tokens], of_logits, of_weights, weights, experts)
-        return x_grad, None, *gradients
-
-
-def _joined(grads: Sequence[Tensor | None], shape: tuple[int, int]) -> Tensor | None:
-    """Return gradients one after the other, zeros where one lacks; None where all do."""
-    if all(grad is None for grad in grads):
-        return None
-    like = next(grad for grad in grads if grad is not None)
-    return joined([like.new_zeros(shape) if grad is None else grad for grad in grads]).contiguous()
 
 
 def _logits(x: Tensor, routers: Tensor) -> Tensor:
@@ -233,7 +180,7 @@ def _logits(x: Tensor, routers: Tensor) -> Tensor:
     return logits
 
 
-def _choices(x: Tensor, routers: Tensor, choices: int) -> Routes:
+def routes_of(x: Tensor, routers: Tensor, choices: int) -> Routes:
     """Return what G routers [G, E, D] say of x [N, D]."""
     partial, experts = _logits(x, routers), routers.shape[1]
     logits = partial.new_empty((len(x), experts))
@@ -246,29 +193,32 @@ def _choices(x: Tensor, routers: Tensor, choices: int) -> Routes:
     return Routes(logits, weights, chosen)
 
 
-def _gradients(
-    x: Tensor, routers: Tensor, x_grad: Tensor, grad: Tensor | None, weights_grad: Tensor | None = None,
-    weights: Tensor | None = None, chosen: Tensor | None = None,
+def router_gradients(
+    x: Tensor, routers: Tensor, x_grad: Tensor | None, how: tl.constexpr, grad: Tensor | None,
+    weights_grad: Tensor | None = None, weights: Tensor | None = None, chosen: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Write the gradient of x [N, D] to `x_grad` and return that of G routers [G, E, D].
+    """Return the gradient of G routers [G, E, D], and leave that of x [N, D].
 
     Args:
         x: [N, D].
         routers: [G, E, D].
-        x_grad: [N, D].
+        x_grad: [N, D], of x; None for nowhere.
+        how: WRITTEN or ADDED to that.
         grad: of logits [N, E]; None for 0.
-        weights_grad: of weights [N, 2]; None for 0.
-        weights, chosen: [N, 2] of both choices.
+        weights_grad: of weights [N, k]; None for 0, as is that of a single choice.
+        weights, chosen: [N, k] of the choices.
     """
     groups, experts, features = routers.shape
     tokens = len(x) // groups
+    chooses = weights_grad is not None and weights_grad.shape[1] == 2
     tiles = triton.cdiv(features, 128)
     parts, share = shares(max(tokens, 1), 32, tiles * groups)
     routers_grad = routers.new_empty((parts, *routers.shape))
     given = [routers if tensor is None else tensor for tensor in (grad, weights_grad, weights, chosen)]
     _router_grad[(tiles, parts, groups)](
-        *given, x, routers, x_grad, routers_grad, tokens, features, experts, x.stride(0), share,
-        LOGITS=grad is not None, CHOSEN=weights_grad is not None, BT=32, BF=128, BE=_block(experts),
+        *given, x, routers, x if x_grad is None else x_grad, routers_grad, tokens, features, experts, x.stride(0),
+        share, LOGITS=grad is not None, CHOSEN=chooses, INPUT=0 if x_grad is None else how, BT=32, BF=128,
+        BE=_block(experts),
     )  # fmt: skip
     return routers_grad[0] if parts == 1 else routers_grad.sum(0)
 
@@ -280,10 +230,3 @@ def _block(experts: int) -> int:
 def fused_router_logits(x: Tensor, router: Tensor) -> Tensor:
     """Return R x [n, E] float32, from x [n, D] of any dtype and router [E, D] float32."""
     return _RouterLogits.apply(unit_stride(x), router.float().contiguous())
-
-
-def top_k_routes(x: Tensor, asked: Sequence[Asked]) -> list[Routes]:
-    """Return what each router says of its tokens of x [n, D]; those of one form are asked together."""
-    spans = [(own.start, own.stop, own.choices) for own in asked]
-    found = _Routes.apply(unit_stride(x), spans, *(own.router.float() for own in asked))
-    return [Routes(*found[i : i + 3]) for i in range(0, len(found), 3)]
