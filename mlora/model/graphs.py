@@ -397,17 +397,25 @@ class Graphs:
         torch._foreach_zero_(gradients)  # what an earlier size has left in the sums stays there
         kept = torch.ones(len(parameters), dtype=torch.int32, device=self.model.device)
         pairs = self._added(parameters, gradients)
-        tools = _Tools(parameters, kept, ops.joint_copies(self._casts.pairs()), ops.joint_copies(pairs, kept))
-        tools.casts.launch(self._casts.pairs())
+        casts = self._cast()
+        tools = _Tools(parameters, kept, ops.joint_copies(casts), ops.joint_copies(pairs, kept))
+        tools.casts.launch(casts)
         tools.sums.launch(pairs)
         return tools
 
     def _compute(
         self, names: list[str], size: Size, inputs: Inputs
     ) -> tuple[list[Computed], list[nn.Parameter], list[Tensor]]:
-        """Compute with casts that last; where layers are computed again, casts are as well, and take no memory."""
-        with self.model.scope.casting(self._casts if self.model.recompute.what == "none" else None):
+        with self.model.scope.casting(self._lasting):
             return compute(self.model, names, size, inputs)
+
+    @property
+    def _lasting(self) -> ops.Casts | None:
+        """Casts that last; None where layers are computed again: then their casts are as well, and take no memory."""
+        return self._casts if self.model.recompute.what == "none" else None
+
+    def _cast(self) -> ops.Pairs:
+        return [] if self._lasting is None else self._lasting.pairs()
 
     def _added(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> ops.Pairs:
         return [(gradient, self._sums[p]) for p, gradient in zip(parameters, gradients, strict=True)]
@@ -416,7 +424,7 @@ class Graphs:
         self, names: list[str], size: Size, inputs: Inputs, tools: _Tools
     ) -> tuple[list[Computed], list[Callable[[], None]]]:
         """Compute, leave the gradients in their sums, and return what completes the copies once it is recorded."""
-        first = tools.casts.launch(self._casts.pairs())
+        first = tools.casts.launch(self._cast())
         computed, parameters, gradients = self._compute(names, size, inputs)
         return computed, [first, tools.sums.launch(self._added(parameters, gradients))]
 

@@ -80,6 +80,7 @@ class _Plan:
         self.shape = shape
         self._places: tuple[Tensor, Tensor] | None = None
         cudnn = importlib.import_module("cudnn")
+        self._alignment = cudnn.diagonal_alignment.TOP_LEFT
         self._set_stream, self._handle = cudnn.set_stream, _handle(shape.device)
         self._forward, self._backward = self._forward_graph(cudnn), self._backward_graph(cudnn)
         self.workspaces = [max(1, graph.get_workspace_size()) for graph, _ in (self._forward, self._backward)]
@@ -155,7 +156,8 @@ class _Plan:
     def _causal(self, names: dict[str, Any]) -> dict[str, Any]:
         each = {name: names[name] for name in ("q", "k", "v")}
         lengths = {"seq_len_q": names["lengths"], "seq_len_kv": names["lengths"]}
-        return {**each, **lengths, "attn_scale": self.shape.scaling, "use_causal_mask": True, "use_padding_mask": True}
+        causal = {"diagonal_alignment": self._alignment, "diagonal_band_right_bound": 0}
+        return {**each, **lengths, **causal, "attn_scale": self.shape.scaling, "use_padding_mask": True}
 
     def _forward_graph(self, cudnn: Any) -> tuple[Any, dict[str, Any]]:
         graph, names = self._graph(cudnn)
