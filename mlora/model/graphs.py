@@ -1,7 +1,7 @@
 """A whole forward and backward as one CUDA graph, launched once: a small model's thousands of kernels wait for Python.
 
 A graph knows shapes, not values, so a batch is brought to one of a few sizes first (`sizes.py`): every adapter gets as
-many tokens, sequences and targets as any other. What is missing is filled by one more sequence without targets behind
+many tokens, sequences and targets as any other. What is missing is filled by more sequences without targets behind
 the adapter's own, which no router loss counts and no other sequence sees. Lengths, targets, random keys and the
 weights of the losses are data. The first batch of a size records its graph; later ones copy their data in and replay.
 
@@ -306,10 +306,11 @@ class Graphs:
         model, size = self.model, size_for(rows)
         own = sum(len(row.input_ids) for each in rows.values() for row in each)
         window = getattr(model.hf_model.config.get_text_config(), "sliding_window", None)
+        longest = max(len(row.input_ids) for each in rows.values() for row in each)
         filled = size.tokens * len(rows)
         return (
             (filled <= FILLING * own or (filled - own) * self._parameters <= FREE_PRODUCTS)
-            and (window is None or size.longest <= window)
+            and (window is None or longest <= window)
             and not model.adapts_output(rows)
             and not model.adapts_embeddings(rows)  # the sort in their backward was never recorded on a device
             and not any(model.adapters[name].counts_tokens for name in rows)
@@ -384,6 +385,7 @@ class Graphs:
             raise
         except Exception as error:  # whatever cannot be recorded can still be computed
             self._broken = True
+            self.forget()
             why = str(error).partition("\n")[0]
             log.warning("steps run without CUDA graphs: %s", why)
             return None

@@ -30,7 +30,7 @@ def joint_copies(pairs: Pairs, keep: Tensor | None = None) -> Copies:
         keep: [number of pairs] int32, 1 where the source is added to the target, else 0; None for nowhere.
     """
     for source, target in pairs:
-        if source.shape != target.shape or not target.is_contiguous():
+        if source.shape != target.shape or source.ndim > 3 or not target.is_contiguous():
             raise ValueError(f"{tuple(source.shape)} cannot be copied onto {tuple(target.shape)}, {target.stride()}")
     if pairs and ops.fused_available(pairs[0][1]):
         from mlora.ops.fused import FusedCopies
@@ -58,20 +58,16 @@ class Casts:
     """
 
     def __init__(self) -> None:
-        self._made: dict[Hashable, tuple[Sequence[Tensor], Tensor]] = {}
+        self._made: dict[Hashable, tuple[Sequence[Tensor], Sequence[Tensor], Tensor]] = {}
 
-    def get(self, stack: Sequence[Tensor]) -> Tensor | None:
-        """Return what was made of matrices that lie where these do; None for nothing."""
-        return self._made.get(_key(stack), (None, None))[1]
+    def get(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+        """Return what was made of G parameters; None for nothing."""
+        return self._made.get((dtype, *map(id, parameters)), (None, None, None))[2]
 
-    def add(self, stack: Sequence[Tensor], made: Tensor) -> None:
-        """Keep [G, ...] that was made of G matrices."""
-        self._made[_key(stack)] = stack, made
+    def add(self, parameters: Sequence[Tensor], stack: Sequence[Tensor], made: Tensor) -> None:
+        """Keep [G, ...] that was made of views of G parameters, which live as long."""
+        self._made[made.dtype, *map(id, parameters)] = parameters, stack, made
 
     def pairs(self) -> Pairs:
         """Return the copies that bring all that was made up to date."""
-        return [pair for stack, made in self._made.values() for pair in zip(stack, made, strict=True)]
-
-
-def _key(stack: Sequence[Tensor]) -> Hashable:
-    return tuple((matrix.data_ptr(), matrix.shape, matrix.stride()) for matrix in stack)
+        return [pair for _, stack, made in self._made.values() for pair in zip(stack, made, strict=True)]

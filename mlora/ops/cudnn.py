@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mlora.ops.backend import has_data
 
@@ -60,7 +61,8 @@ def ragged_attention(
         longest: tokens that none of them exceeds.
         scaling: factor on the scores; None for d^-0.5.
     """
-    if not has_data(q) or not _available(q.device):
+    alike = q.dtype == k.dtype == v.dtype and q.shape[2] == k.shape[2] == v.shape[2]
+    if not alike or q.dtype not in (torch.float16, torch.bfloat16) or not has_data(q) or not _available(q.device):
         return None
     heads, width = q.shape[1:]
     scaling = width**-0.5 if scaling is None else scaling
@@ -78,7 +80,7 @@ class _Plan:
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self._places: tuple[Tensor, Tensor] | None = None
+        self._places = WeakIdKeyDictionary()
         cudnn = importlib.import_module("cudnn")
         self._alignment = cudnn.diagonal_alignment.TOP_LEFT
         self._set_stream, self._handle = cudnn.set_stream, _handle(shape.device)
@@ -105,13 +107,13 @@ class _Plan:
 
         They are made for the first layer that is asked with these offsets; every step has another tensor of them.
         """
-        if self._places is None or self._places[0] is not offsets:
+        if offsets not in self._places:
             heads, groups, width = self.shape.heads, self.shape.groups, self.shape.width
             aligned = F.pad(offsets, (0, -len(offsets) % 4))  # rows begin at multiples of 16 bytes
             begins = [aligned * (heads * width), aligned * (groups * width), aligned * heads]
             lengths = F.pad(offsets.diff(), (0, len(aligned) - len(offsets) + 1))
-            self._places = offsets, torch.stack([*begins, lengths])
-        return self._places[1]
+            self._places[offsets] = torch.stack([*begins, lengths])
+        return self._places[offsets]
 
     def _run(self, number: int, places: Tensor, **tensors: Tensor) -> None:
         graph, names = (self._forward, self._backward)[number]
@@ -138,19 +140,21 @@ class _Plan:
             names[name] = self._ragged(graph.tensor(name=name, **self._layout(name)), name, names)
         return graph, names
 
-    def _layout(self, name: str) -> dict[str, list[int]]:
+    def _form(self, name: str) -> tuple[str, int, int]:
+        """Return where a tensor's sequences begin, its heads and their width."""
         shape = self.shape
         if name == "stats":
-            heads, width = shape.heads, 1
-        else:
-            heads, width = shape.groups if name[-1] in "kv" else shape.heads, shape.width
-        row = heads * width
-        return {"dim": [shape.sequences, heads, shape.longest, width], "stride": [shape.longest * row, width, row, 1]}
+            return "of_stats", shape.heads, 1
+        return ("of_keys", shape.groups, shape.width) if name[-1] in "kv" else ("of_queries", shape.heads, shape.width)
+
+    def _layout(self, name: str) -> dict[str, list[int]]:
+        _, heads, width = self._form(name)
+        longest, row = self.shape.longest, heads * width
+        return {"dim": [self.shape.sequences, heads, longest, width], "stride": [longest * row, width, row, 1]}
 
     def _ragged(self, tensor: Any, name: str, names: dict[str, Any]) -> Any:
         """Let a tensor's sequences begin where its offsets say, and return it."""
-        kind = "of_stats" if name == "stats" else "of_keys" if name[-1] in "kv" else "of_queries"
-        tensor.set_ragged_offset(names[kind])
+        tensor.set_ragged_offset(names[self._form(name)[0]])
         return tensor
 
     def _causal(self, names: dict[str, Any]) -> dict[str, Any]:
@@ -211,14 +215,21 @@ class _Attention(torch.autograd.Function):
 @cache
 def _plan(shape: Shape) -> _Plan | None:
     """Plan once for a shape; None where cuDNN has no way, or one that takes much memory."""
-    if shape.tokens * shape.heads * shape.width >= 1 << 31:  # offsets are int32
+    torchs = "torch's flash attention where cuDNN"
+    if shape.tokens * shape.heads * shape.width >= 1 << 31:
+        _tell(f"{torchs} would count beyond 32 bits")
         return None
     try:
         plan = _Plan(shape)
     except Exception as error:  # what cuDNN refuses is computed by torch
-        log.info("cuDNN attends to no %s: %s", shape, str(error).partition("\n")[0])
+        reason = str(error).partition("\n")[0]
+        _tell(f"{torchs} refuses: {reason}")
         return None
-    return plan if max(plan.workspaces) <= WORKSPACE else None
+    if max(plan.workspaces) > WORKSPACE:
+        _tell(f"{torchs} would take more than {WORKSPACE >> 20} MiB besides")
+        return None
+    _tell("cuDNN")
+    return plan
 
 
 @cache
@@ -229,10 +240,15 @@ def _handle(device: torch.device) -> Any:
 
 @cache
 def _available(device: torch.device) -> bool:
-    """Choose once, and say so."""
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
         return False
     found = importlib.util.find_spec("cudnn") is not None
-    why = "" if found else ": the package nvidia-cudnn-frontend, which halves its time, is not installed"
-    log.info("recorded steps attend by %s", "cuDNN" if found else f"torch's flash attention{why}")
+    if not found:
+        _tell("torch's flash attention: nvidia-cudnn-frontend, which halves its time, is not installed")
     return found
+
+
+@cache
+def _tell(how: str) -> None:
+    """Say once by what steps attend."""
+    log.info("recorded steps attend by %s", how)

@@ -60,6 +60,16 @@ def test_what_would_take_much_memory_is_left_to_torch() -> None:
     assert ops.ragged_attention(q, q, q, offsets, 512, None) is not None
 
 
+def test_what_it_cannot_read_is_left_to_torch(monkeypatch) -> None:
+    """Values of another width (deepseek_v3), float32: asked of no plan."""
+    monkeypatch.setattr(cudnn, "_available", lambda device: True)
+    monkeypatch.setattr(cudnn, "_plan", lambda shape: pytest.fail("planned"))
+    q, offsets = torch.zeros(4, 2, 24, dtype=torch.bfloat16), torch.tensor([0, 4], dtype=torch.int32)
+    for k, v in ((q, q[..., :16]), (q[..., :16], q), (q.half(), q), (q, q.half())):
+        assert ops.ragged_attention(q, k, v, offsets, 4, None) is None
+    assert ops.ragged_attention(q.float(), q.float(), q.float(), offsets, 4, None) is None
+
+
 def test_other_devices_have_none() -> None:
     q = torch.zeros(4, 2, 8)
     assert ops.ragged_attention(q, q, q, torch.tensor([0, 4], dtype=torch.int32), 4, None) is None

@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 from mlora import ops  # noqa: E402
 from mlora.ops import fused  # noqa: E402
 from mlora.ops.fused.groups import grouped, joined  # noqa: E402
-from mlora.ops.fused.router import fused_router_logits  # noqa: E402
+from mlora.ops.fused.products import summed_products  # noqa: E402
+from mlora.ops.fused.router import fused_router_logits, routes_of  # noqa: E402
 from mlora.ops.random import dropout  # noqa: E402
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 8 * 3e-3}
@@ -144,6 +145,24 @@ def test_router_logits(tokens: int, hidden: int, experts: int, dtype: torch.dtyp
     (of_x, of_router), (wanted_x, wanted_router) = (gradients(y, upstream, [x, router]) for y in (found, expected))
     same(of_router, wanted_router, torch.float32)
     same(of_x, wanted_x.float(), dtype)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_router_that_is_not_a_number_says_so(k: int) -> None:
+    """As in plain torch: a training that has come apart must not look well."""
+    router = draw(5, 16)
+    router[3] = torch.nan
+    routes = routes_of(draw(9, 16), router[None], k)
+    assert routes.weights.isnan().all() and int(routes.experts.max()) < 5
+    assert routes_of(draw(9, 16), draw(1, 5, 16), k).weights.isfinite().all()
+
+
+def test_sums_of_tensors_without_data_ask_torch_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch 2.11 knows no form of a product that is added in another dtype."""
+    monkeypatch.setattr(torch, "addmm", lambda *_, **__: pytest.fail("asked"))
+    left, onto = torch.empty(6, 4, dtype=torch.bfloat16, device="meta"), torch.empty(1, 4, 4, device="meta")
+    with ops.standing_for("cuda"):
+        assert summed_products(left, left, 1, onto).shape == onto.shape
 
 
 def test_a_router_of_experts_that_are_alike_learns_nothing() -> None:

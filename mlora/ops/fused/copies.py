@@ -99,7 +99,7 @@ class FusedCopies:
             for kind, own in found.items():
                 self._tables[kind].places.copy_(own.places)
 
-        recorded = pairs[0][1].is_cuda and torch.cuda.is_current_stream_capturing()
+        recorded = _recording(pairs[0][1])
         if not recorded:
             write()
         for kind, tables in self._tables.items():
@@ -109,6 +109,10 @@ class FusedCopies:
                 ELEMENTS // kind.tile_rows,
             )  # fmt: skip
         return write if recorded else lambda: None
+
+
+def _recording(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _tables(pairs: Pairs) -> dict[_Kind, _Tables]:

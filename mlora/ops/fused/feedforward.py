@@ -156,6 +156,16 @@ class _Kept(NamedTuple):
     weights: Tensor | None
     experts: Tensor | None
 
+    @property
+    def matrices(self) -> Sequence[Tensor | None]:
+        """Narrow and wide of every layer."""
+        return self[5:11]
+
+    @property
+    def chosen(self) -> tuple[Tensor, Tensor] | None:
+        """Weights and experts."""
+        return None if self.weights is None or self.experts is None else (self.weights, self.experts)
+
 
 class _FeedForward(torch.autograd.Function):
     """The block of every part, and logits of those that have a router; `tensors` holds the fields of `Own` for each."""
@@ -218,8 +228,7 @@ class _FeedForward(torch.autograd.Function):
         gate_grad, up_grad = torch.empty_like(hidden_grad), torch.empty_like(hidden_grad)
         of_experts, of_weights, codes = [], [], []
         for group, kept in zip(ctx.groups, every, strict=True):
-            chosen = None if kept.weights is None or kept.experts is None else (kept.weights, kept.experts)
-            own, t = _stacked(group, owned, grad.dtype, chosen, kept[5:11]), group.tokens
+            own, t = _stacked(group, owned, grad.dtype, kept.chosen, kept.matrices), group.tokens
             middle = _middle(group, own, gate, up, kept.gate_more, kept.up_more)
             down_grad, of_down_b = _of_down(group, own, kept.down_codes, grad[t])
             by_updates = weighted = None
@@ -240,10 +249,13 @@ class _FeedForward(torch.autograd.Function):
         for i, (group, kept) in enumerate(zip(ctx.groups, every, strict=True)):
             here = None if dx is None else dx[group.tokens]
             of_routers: Sequence[Tensor | None] = _none(group)
-            if kept.routers is not None and kept.weights is not None and kept.experts is not None:
-                of_logits, left = _joined(left[: _count(group)], kept), left[_count(group) :]
+            if kept.routers is not None and kept.chosen is not None:
+                of_logits, left = (
+                    _joined(left[: _count(group)], kept.routers, len(x[group.tokens])),
+                    left[_count(group) :],
+                )
                 of_routers = router_gradients(
-                    x[group.tokens], kept.routers, here, ADDED, of_logits, of_weights[i], kept.weights, kept.experts
+                    x[group.tokens], kept.routers, here, ADDED, of_logits, of_weights[i], *kept.chosen
                 ).unbind(0)  # fmt: skip
             each = *of_experts[i], of_routers
             gradients += [tensor for part in zip(*each, strict=True) for tensor in part]
@@ -365,12 +377,12 @@ def _routers(owned: Sequence[Own]) -> Tensor | None:
     return torch.stack(known).float() if known else None
 
 
-def _joined(grads: Sequence[Tensor | None], kept: _Kept) -> Tensor | None:
+def _joined(grads: Sequence[Tensor | None], routers: Tensor, tokens: int) -> Tensor | None:
     """Return the gradients of a group's logits [N, E], 0 where one lacks; None where all do."""
-    if kept.routers is None or kept.weights is None or all(grad is None for grad in grads):
+    if all(grad is None for grad in grads):
         return None
-    shape = len(kept.weights) // len(grads), kept.routers.shape[1]
-    return joined([kept.routers.new_zeros(shape) if grad is None else grad for grad in grads]).contiguous()
+    shape = tokens // len(grads), routers.shape[1]
+    return joined([routers.new_zeros(shape) if grad is None else grad for grad in grads]).contiguous()
 
 
 def _count(group: _Group) -> int:

@@ -193,9 +193,9 @@ def _together(given: Sequence[Tensor], stack: Sequence[Tensor], dtype: torch.dty
     parameters = all(t.is_leaf and t.requires_grad and t.dtype != dtype for t in given)
     if casts is None or not parameters:
         return _cast(stack, dtype)
-    made = casts.get(stack)
+    made = casts.get(given, dtype)
     if made is None:
-        casts.add(stack, made := _cast(stack, dtype))
+        casts.add(given, stack, made := _cast(stack, dtype))
     return made
 
 
@@ -330,7 +330,7 @@ def gradients_of_b(pairs: Sequence[tuple[Tensor, Tensor]], stack: Sequence[Tenso
     for grad, codes in more:
         summed = summed_products(grad, codes, len(stack), summed)
     if stack[0].ndim == 3:
-        summed = summed.unflatten(2, (len(stack[0]), -1)).permute(0, 2, 1, 3)
+        summed = summed.unflatten(2, (len(stack[0]), -1)).transpose(1, 2)
     return list(summed.unbind(0))
 
 

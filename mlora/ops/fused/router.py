@@ -64,10 +64,9 @@ def _router(
     tl.store(place, total, mask=live[:, None] & wanted[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "parts"])
 def _choose(
-    partial, logits, weights, chosen, tokens, experts, PARTS: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
-    BE: tl.constexpr,
+    partial, logits, weights, chosen, tokens, experts, parts, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr
 ):  # fmt: skip
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     e = tl.arange(0, BE)
@@ -75,21 +74,22 @@ def _choose(
     both = live[:, None] & (e < experts)[None, :]
     place = t[:, None] * experts + e[None, :]
     total = tl.zeros((BT, BE), tl.float32)
-    for part in tl.static_range(PARTS):
+    for part in range(parts):
         total += tl.load(partial + part * tokens.to(tl.int64) * experts + place, mask=both, other=0.0)
     tl.store(logits + place, total, mask=both)
     ranked = tl.where((e < experts)[None, :], total, float("-inf"))
-    first, one = tl.max(ranked, 1), tl.argmax(ranked, 1)
+    first, one = tl.max(ranked, 1), tl.minimum(tl.argmax(ranked, 1), experts - 1)
+    nan = tl.sum(tl.where(both & (total != total), total, 0.0), 1)  # 0 but where a logit is not a number
     tl.store(chosen + t * K, one.to(tl.int64), mask=live)
     if K == 2:
         ranked = tl.where(e[None, :] == one[:, None], float("-inf"), ranked)
-        second, two = tl.max(ranked, 1), tl.argmax(ranked, 1)
-        ratio = tl.exp(second - first)
+        second, two = tl.max(ranked, 1), tl.minimum(tl.argmax(ranked, 1), experts - 1)
+        ratio = tl.exp(second - first) + nan
         tl.store(weights + t * K, 1 / (1 + ratio), mask=live)
         tl.store(weights + t * K + 1, ratio / (1 + ratio), mask=live)
         tl.store(chosen + t * K + 1, two.to(tl.int64), mask=live)
     else:
-        tl.store(weights + t * K, tl.full((BT,), 1.0, tl.float32), mask=live)
+        tl.store(weights + t * K, 1 + nan, mask=live)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -187,8 +187,7 @@ def routes_of(x: Tensor, routers: Tensor, choices: int) -> Routes:
     weights, chosen = logits.new_empty((len(x), choices)), x.new_empty((len(x), choices), dtype=torch.int64)
     if len(x):
         _choose[(triton.cdiv(len(x), 64),)](
-            partial, logits, weights, chosen, len(x), experts, PARTS=len(partial), K=choices, BT=64,
-            BE=_block(experts),
+            partial, logits, weights, chosen, len(x), experts, len(partial), K=choices, BT=64, BE=_block(experts),
         )  # fmt: skip
     return Routes(logits, weights, chosen)
 
