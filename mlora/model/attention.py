@@ -68,8 +68,7 @@ def packed_attention(
     if unknown or dropout:
         raise NotImplementedError(f"packed attention knows no {', '.join(unknown) or 'dropout'}")
     if packed_longest is not None and packed_offsets is not None:
-        own = (t.transpose(1, 2).squeeze(0) for t in (query, key, value))
-        out = ops.ragged_attention(*own, packed_offsets, packed_longest, scaling)
+        out = ops.ragged_attention(*_by_tokens(query, key, value), packed_offsets, packed_longest, scaling)
         if out is None:
             return _varlen(query, key, value, packed_offsets, packed_longest, scaling), None
         return out[None], None
@@ -112,6 +111,11 @@ def fits_varlen(query: Tensor, value: Tensor, sliding_window: int | None, softca
     return plain and heads and half and capability >= (8, 0)
 
 
+def _by_tokens(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [T, H, d] of tensors [1, H, T, d]; indexing [0] would copy all gradients."""
+    return tuple(t.transpose(1, 2).squeeze(0) for t in (q, k, v))  # type: ignore[return-value]
+
+
 def _varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scaling: float | None) -> Tensor:
     """Return [1, T, H, d]; heads of keys and values are repeated, since torch 2.11 knows no groups here."""
     groups = q.shape[1] // k.shape[1]
@@ -119,7 +123,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scal
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if scaling is not None and scaling != q.shape[-1] ** -0.5:
         q = q * (scaling * q.shape[-1] ** 0.5)
-    q, k, v = (t.transpose(1, 2).squeeze(0) for t in (q, k, v))  # indexing [0] would copy all gradients
+    q, k, v = _by_tokens(q, k, v)
     out: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, **CAUSAL)
     return out[None]
 

@@ -316,6 +316,18 @@ class Graphs:
             and not any(model.adapters[name].counts_tokens for name in rows)
         )
 
+    @property
+    def lasting(self) -> ops.Casts | None:
+        """Casts that last; None where layers are computed again: then their casts are as well, and take no memory."""
+        return self._casts if self.model.recompute.what == "none" else None
+
+    def compute(
+        self, names: Sequence[str], size: Size, inputs: Inputs
+    ) -> tuple[list[Computed], list[nn.Parameter], list[Tensor]]:
+        """Compute a step once, as a graph of it would, and return what `compute` does."""
+        with self.model.scope.casting(self.lasting):
+            return compute(self.model, names, size, inputs)
+
     def size_for(self, rows: Mapping[str, Sequence[Row]]) -> Size:
         """Return the size that a batch is brought to."""
         near = size_for(rows)
@@ -392,7 +404,7 @@ class Graphs:
 
     def _prepare(self, names: list[str], size: Size, inputs: Inputs) -> _Tools:
         """Run once, so that kernels are compiled and libraries set up, and make what a graph reads and may not hold."""
-        _, parameters, gradients = self._compute(names, size, inputs)
+        _, parameters, gradients = self.compute(names, size, inputs)
         for parameter in parameters:
             if parameter not in self._sums:  # outside the graphs' memory, which graphs overwrite for each other
                 self._sums[parameter] = torch.empty_like(parameter)  # a fused optimizer wants one layout of both
@@ -405,19 +417,8 @@ class Graphs:
         tools.sums.launch(pairs)
         return tools
 
-    def _compute(
-        self, names: list[str], size: Size, inputs: Inputs
-    ) -> tuple[list[Computed], list[nn.Parameter], list[Tensor]]:
-        with self.model.scope.casting(self._lasting):
-            return compute(self.model, names, size, inputs)
-
-    @property
-    def _lasting(self) -> ops.Casts | None:
-        """Casts that last; None where layers are computed again: then their casts are as well, and take no memory."""
-        return self._casts if self.model.recompute.what == "none" else None
-
     def _cast(self) -> ops.Pairs:
-        return [] if self._lasting is None else self._lasting.pairs()
+        return [] if self.lasting is None else self.lasting.pairs()
 
     def _added(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> ops.Pairs:
         return [(gradient, self._sums[p]) for p, gradient in zip(parameters, gradients, strict=True)]
@@ -427,7 +428,7 @@ class Graphs:
     ) -> tuple[list[Computed], list[Callable[[], None]]]:
         """Compute, leave the gradients in their sums, and return what completes the copies once it is recorded."""
         first = tools.casts.launch(self._cast())
-        computed, parameters, gradients = self._compute(names, size, inputs)
+        computed, parameters, gradients = self.compute(names, size, inputs)
         return computed, [first, tools.sums.launch(self._added(parameters, gradients))]
 
     def _capture(

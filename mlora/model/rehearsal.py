@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlora import ops
 from mlora.model.batch import Batch, Row
-from mlora.model.graphs import Graphs, Weights, compute, prepare
+from mlora.model.graphs import Graphs, Weights, prepare
 from mlora.model.multi import MultiAdapterModel
 from mlora.model.recompute import Recompute
 from mlora.model.sizes import Sizes
@@ -152,7 +152,6 @@ class Rehearsal:
         base = count.add(chain(self._frozen, self._scales))
         adapters = count.add(model.adapter_modules.parameters())
         graphs = Graphs(model, sizes)
-        casts = ops.Casts() if recompute.what == "none" else None
         with self._mode, ops.standing_for(self.device), count:
             recorded = cuda and graphs.suits(rows)
             if recorded or accumulates:
@@ -161,8 +160,7 @@ class Rehearsal:
             if recorded:
                 size = graphs.size_for(rows)
                 once = dict.fromkeys(rows, Weights(1.0, 1.0))
-                with model.scope.casting(casts):
-                    compute(model, list(rows), size, prepare(model, rows, dict.fromkeys(rows, 0), once, size))
+                graphs.compute(list(rows), size, prepare(model, rows, dict.fromkeys(rows, 0), once, size))
             else:
                 for parameter, gradient in zip(trained, lasting if accumulates else (), strict=False):
                     parameter.grad = gradient
@@ -173,7 +171,7 @@ class Rehearsal:
         kept = count.kept - base - adapters
         rest = count.peak - count.kept + (WORKSPACE_BYTES if cuda else 0)
         left_out = 0 if accumulates and not recorded else self._bytes_above(rows, layers)
-        if recorded and casts is not None:  # which are half of what they are made of
+        if recorded and graphs.lasting is not None:  # which are half of what they are made of
             left_out += left_out // 2
         return _Taken(base, adapters, kept, rest, left_out)
 

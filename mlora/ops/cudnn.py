@@ -81,10 +81,8 @@ class _Plan:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self._places = WeakIdKeyDictionary()
-        cudnn = importlib.import_module("cudnn")
-        self._alignment = cudnn.diagonal_alignment.TOP_LEFT
-        self._set_stream, self._handle = cudnn.set_stream, _handle(shape.device)
-        self._forward, self._backward = self._forward_graph(cudnn), self._backward_graph(cudnn)
+        self._cudnn, self._handle = importlib.import_module("cudnn"), _handle(shape.device)
+        self._forward, self._backward = self._forward_graph(), self._backward_graph()
         self.workspaces = [max(1, graph.get_workspace_size()) for graph, _ in (self._forward, self._backward)]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,13 +117,13 @@ class _Plan:
         graph, names = (self._forward, self._backward)[number]
         given = tensors | dict(zip(("of_queries", "of_keys", "of_stats", "lengths"), places, strict=True))
         workspace = torch.empty(self.workspaces[number], dtype=torch.uint8, device=self.shape.device)
-        self._set_stream(self._handle, torch.cuda.current_stream(self.shape.device).cuda_stream)
+        self._cudnn.set_stream(self._handle, torch.cuda.current_stream(self.shape.device).cuda_stream)
         graph.execute({names[name]: tensor for name, tensor in given.items()}, workspace, self._handle)
 
-    def _graph(self, cudnn: Any) -> tuple[Any, dict[str, Any]]:
+    def _graph(self) -> tuple[Any, dict[str, Any]]:
         """Return a graph and its tensors by name: q, k and v, offsets and lengths."""
-        kinds, shape = cudnn.data_type, self.shape
-        graph = cudnn.pygraph(
+        kinds, shape = self._cudnn.data_type, self.shape
+        graph = self._cudnn.pygraph(
             io_data_type=kinds.HALF if shape.dtype == torch.float16 else kinds.BFLOAT16,
             intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT, handle=self._handle,
         )  # fmt: skip
@@ -160,38 +158,36 @@ class _Plan:
     def _causal(self, names: dict[str, Any]) -> dict[str, Any]:
         each = {name: names[name] for name in ("q", "k", "v")}
         lengths = {"seq_len_q": names["lengths"], "seq_len_kv": names["lengths"]}
-        causal = {"diagonal_alignment": self._alignment, "diagonal_band_right_bound": 0}
+        causal = {"diagonal_alignment": self._cudnn.diagonal_alignment.TOP_LEFT, "diagonal_band_right_bound": 0}
         return {**each, **lengths, **causal, "attn_scale": self.shape.scaling, "use_padding_mask": True}
 
-    def _forward_graph(self, cudnn: Any) -> tuple[Any, dict[str, Any]]:
-        graph, names = self._graph(cudnn)
+    def _forward_graph(self) -> tuple[Any, dict[str, Any]]:
+        graph, names = self._graph()
         made = graph.sdpa(name="attention", generate_stats=True, **self._causal(names))
-        return self._built(cudnn, graph, names, dict(zip(("out", "stats"), made, strict=True)))
+        return self._built(graph, names, dict(zip(("out", "stats"), made, strict=True)))
 
-    def _backward_graph(self, cudnn: Any) -> tuple[Any, dict[str, Any]]:
-        graph, names = self._graph(cudnn)
+    def _backward_graph(self) -> tuple[Any, dict[str, Any]]:
+        graph, names = self._graph()
         for name in ("out", "grad", "stats"):
-            kind = {"data_type": cudnn.data_type.FLOAT} if name == "stats" else {}
+            kind = {"data_type": self._cudnn.data_type.FLOAT} if name == "stats" else {}
             names[name] = self._ragged(graph.tensor(name=name, **self._layout(name), **kind), name, names)
         made = graph.sdpa_backward(
             name="attention", o=names["out"], dO=names["grad"], stats=names["stats"], **self._causal(names),
             max_total_seq_len_q=self.shape.tokens, max_total_seq_len_kv=self.shape.tokens,
             use_deterministic_algorithm=True,
         )  # fmt: skip
-        return self._built(cudnn, graph, names, dict(zip(("of_q", "of_k", "of_v"), made, strict=True)))
+        return self._built(graph, names, dict(zip(("of_q", "of_k", "of_v"), made, strict=True)))
 
-    def _built(
-        self, cudnn: Any, graph: Any, names: dict[str, Any], outputs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+    def _built(self, graph: Any, names: dict[str, Any], outputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         for name, tensor in outputs.items():
             layout = self._layout(name)
             tensor.set_output(True).set_dim(layout["dim"]).set_stride(layout["stride"])
             if name == "stats":
-                tensor.set_data_type(cudnn.data_type.FLOAT)
+                tensor.set_data_type(self._cudnn.data_type.FLOAT)
             self._ragged(tensor, name, names)
         graph.validate()
         graph.build_operation_graph()
-        graph.create_execution_plans([cudnn.heur_mode.A])
+        graph.create_execution_plans([self._cudnn.heur_mode.A])
         graph.check_support()
         graph.build_plans()
         return graph, names | outputs

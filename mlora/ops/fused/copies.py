@@ -140,13 +140,10 @@ def _matrices(source: Tensor, target: Tensor) -> Iterator[tuple[_Kind, int, int,
     source, target = source.view(*lead, *source.shape), target.view(*lead, *target.shape)
     count, rows, columns = source.shape
     step, row_step, column_step = source.stride()
-    tile_rows = 1 if rows == 1 else 16 if row_step == 1 or columns > 64 else ELEMENTS // max(16, _power(columns))
+    narrowest = max(16, triton.next_power_of_2(columns))
+    tile_rows = 1 if rows == 1 else 16 if row_step == 1 or columns > 64 else ELEMENTS // narrowest
     kind = _Kind(source.dtype, target.dtype, int(row_step == 1), int(column_step == 1), tile_rows)
     begin, end = source.data_ptr(), target.data_ptr()
     for i in range(count):
         places = begin + i * step * source.itemsize, end + i * rows * columns * target.itemsize
         yield kind, *places, rows, columns, row_step, column_step
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()

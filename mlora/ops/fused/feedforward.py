@@ -11,6 +11,7 @@ Shapes: n tokens, D hidden, I intermediate, E experts, k experts of a token, r r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -245,17 +246,15 @@ class _FeedForward(torch.autograd.Function):
             of_weights.append(found.weights)
             codes.append([(own.gate, of_gate.codes), (own.up, of_up.codes)])
         dx = (gate_grad @ first).addmm_(up_grad, second) if ctx.needs_input_grad[0] else None
-        gradients, left = list[Tensor | None](), list(logits_grads)
+        gradients, of_logits = list[Tensor | None](), iter(logits_grads)
         for i, (group, kept) in enumerate(zip(ctx.groups, every, strict=True)):
             here = None if dx is None else dx[group.tokens]
             of_routers: Sequence[Tensor | None] = _none(group)
             if kept.routers is not None and kept.chosen is not None:
-                of_logits, left = (
-                    _joined(left[: _count(group)], kept.routers, len(x[group.tokens])),
-                    left[_count(group) :],
-                )
+                own = x[group.tokens]
+                said = _joined(list(islice(of_logits, _count(group))), kept.routers, len(own))
                 of_routers = router_gradients(
-                    x[group.tokens], kept.routers, here, ADDED, of_logits, of_weights[i], *kept.chosen
+                    own, kept.routers, here, ADDED, said, of_weights[i], *kept.chosen
                 ).unbind(0)  # fmt: skip
             each = *of_experts[i], of_routers
             gradients += [tensor for part in zip(*each, strict=True) for tensor in part]

@@ -170,7 +170,7 @@ def _logits(x: Tensor, routers: Tensor) -> Tensor:
     groups, experts, features = routers.shape
     tokens = len(x) // groups
     tiles = triton.cdiv(tokens, 32)
-    parts, share = shares(features, 128, max(tiles * groups, 1))
+    parts, share = shares(features, 128, tiles * groups)
     logits = x.new_empty((parts, len(x), experts), dtype=torch.float32)
     if tokens:
         _router[(tiles, parts, groups)](
