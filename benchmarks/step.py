@@ -23,7 +23,8 @@ from mlora import Batch, MultiAdapterModel
 from mlora.config import JobConfig, parse_adapter
 from mlora.model.attention import PACKED
 from mlora.model.batch import IGNORED, Row
-from mlora.model.graphs import Graphs, Weights
+from mlora.model.graphs import Graphs
+from mlora.model.inputs import Weights
 from mlora.model.load import Origin
 from mlora.model.recompute import WHATS, Recompute
 from mlora.training.job import build_optimizer

@@ -6,9 +6,10 @@ Shapes: B rows of L tokens given, T tokens packed: [1, T], sorted by adapter, no
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of a position that is no target."""
+
+
+def integers(parts: Iterable[Iterable[int]]) -> Tensor:
+    """Return numbers one after the other, [n] int64; by an array, since torch takes eight times as long for a list."""
+    values = array("q", [*chain.from_iterable(parts)])
+    return torch.frombuffer(values, dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -104,8 +111,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device."""
-        moved: Any = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with each tensor changed."""
+        changed: Any = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
     @classmethod
     def pack(
@@ -138,7 +149,7 @@ class Batch:
             start += sum(lengths)
 
         def tensor(values: Iterable[Iterable[int]]) -> Tensor:
-            made = torch.tensor([v for part in values for v in part], dtype=torch.int64)
+            made = integers(values)
             if torch.device(device).type == "cuda":
                 made = made.pin_memory()  # otherwise the copy waits for the device
             return made.to(device, non_blocking=True)

@@ -13,9 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +23,8 @@ from torch import Tensor, nn
 from mlora import ops
 from mlora.adapters import Method, Segment
 from mlora.model.attention import PACKED, fits_varlen
-from mlora.model.batch import IGNORED, Row, Span
-from mlora.model.head import check_classes
+from mlora.model.batch import Row
+from mlora.model.inputs import Inputs, Weights, prepare
 from mlora.model.multi import MultiAdapterModel
 from mlora.model.scope import Flight
 from mlora.model.sizes import Size, Sizes, size_for
@@ -41,18 +39,6 @@ batch of many adapters that is not recorded waits for Python for much longer."""
 
 MOST = 64
 """Graphs of one training; beyond that batches differ too much to gain from them."""
-
-
-class Weights(NamedTuple):
-    """Factors of an adapter's losses in the objective.
-
-    Attributes:
-        target: of each target's loss, or that of each row's class.
-        auxiliary: of the auxiliary loss.
-    """
-
-    target: float
-    auxiliary: float
 
 
 class Losses(NamedTuple):
@@ -74,120 +60,6 @@ class Computed(NamedTuple):
     router_logits: Mapping[str, Tensor]
 
 
-@dataclass
-class Inputs:
-    """A batch as data; all tensors on the model's device.
-
-    Attributes:
-        input_ids, position_ids: [1, T].
-        offsets: [S m + 1] int32.
-        keys: [T] int32.
-        real: [T] float32, 1 at tokens of the batch's own.
-        positions, targets: [S t] packed positions and what follows there.
-        counted: [S t] float32, the weight of each target in the objective.
-        ends, classes: [S m] last tokens of the sequences and their classes.
-        judged: [S m] float32, the weight of each sequence's class.
-        auxiliary: [S] float32.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    offsets: Tensor
-    keys: Tensor
-    real: Tensor
-    positions: Tensor
-    targets: Tensor
-    counted: Tensor
-    ends: Tensor
-    classes: Tensor
-    judged: Tensor
-    auxiliary: Tensor
-
-    def copy_(self, other: Inputs) -> None:
-        """Take over another batch of the same shape."""
-        for name, value in vars(self).items():
-            value.copy_(getattr(other, name), non_blocking=True)
-
-
-def prepare(
-    model: MultiAdapterModel,
-    rows: Mapping[str, Sequence[Row]],
-    steps: Mapping[str | None, int],
-    weights: Mapping[str, Weights],
-    size: Size,
-) -> Inputs:
-    """Bring rows to a size.
-
-    Args:
-        model: that computes them.
-        rows: of each adapter.
-        steps: optimizer step of each, a part of its random stream.
-        weights: of its losses.
-        size: at least that of `size_for`.
-    """
-    ids, places, numbers, real, lengths = list[int](), list[int](), list[int](), list[float](), list[int]()
-    positions, targets, counted = list[int](), list[int](), list[float]()
-    ends, classes, judged = list[int](), list[int](), list[float]()
-    for number, (name, own) in enumerate(rows.items()):
-        start, factor = number * size.tokens, weights[name].target
-        class_ids = tuple(row.class_id for row in own if row.class_id is not None)
-        score = model.adapter_module(name).head
-        check_classes(Span(name, start, start, (), 0, class_ids), None if score is None else len(score))
-        for row in own:
-            first, length = len(ids), len(row.input_ids)
-            ids += row.input_ids
-            places += range(length)
-            numbers += [row.index] * length
-            lengths.append(length)
-            wanted = [first + i for i, label in enumerate(row.labels[1:]) if label != IGNORED]
-            positions += wanted
-            targets += [row.labels[i - first + 1] for i in wanted]
-            counted += [factor] * len(wanted)
-            ends.append(first + length - 1)
-            classes.append(row.class_id or 0)
-            judged.append(0.0 if row.class_id is None else factor)
-        left = start + size.tokens - len(ids)
-        real += [1.0] * (size.tokens - left) + [0.0] * left
-        ids += islice(cycle(own[0].input_ids), left)  # finite where the adapter's own rows are
-        places += [0] * left  # one that any table of positions has; what the filler computes is not read
-        numbers += [0] * left
-        spare = size.sequences - len(own)
-        whole, part = divmod(left, size.longest)
-        lengths += ([size.longest] * whole + [part] + [0] * spare)[:spare]
-        ends += [start] * spare
-        classes += [0] * spare
-        judged += [0.0] * spare
-        missing = (number + 1) * size.targets - len(positions)
-        positions += [start] * missing
-        targets += [0] * missing
-        counted += [0.0] * missing
-
-    def tensor(values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
-        made = torch.tensor(values, dtype=dtype)
-        return (made.pin_memory() if model.device.type == "cuda" else made).to(model.device, non_blocking=True)
-
-    position_ids, row_numbers = tensor(places), tensor(numbers)
-    keys = []
-    for number, name in enumerate(rows):
-        inside = slice(number * size.tokens, (number + 1) * size.tokens)
-        seed = model.adapter_module(name).seed
-        keys.append(ops.stream_keys(seed, name, steps[name], row_numbers[inside], position_ids[inside]))
-    return Inputs(
-        input_ids=tensor(ids)[None],
-        position_ids=position_ids[None],
-        offsets=F.pad(tensor(lengths).cumsum(0), (1, 0)).to(torch.int32),
-        keys=torch.cat(keys),
-        real=tensor(real, torch.float32),
-        positions=tensor(positions),
-        targets=tensor(targets),
-        counted=tensor(counted, torch.float32),
-        ends=tensor(ends),
-        classes=tensor(classes),
-        judged=tensor(judged, torch.float32),
-        auxiliary=tensor([weights[name].auxiliary for name in rows], torch.float32),
-    )
-
-
 def compute(
     model: MultiAdapterModel, names: Sequence[str], size: Size, inputs: Inputs
 ) -> tuple[list[Computed], list[nn.Parameter], list[Tensor]]:
@@ -199,8 +71,8 @@ def compute(
     ]  # fmt: skip
     hidden = model.hidden_states(
         Flight(segments),
-        input_ids=inputs.input_ids,
-        position_ids=inputs.position_ids,
+        input_ids=inputs.input_ids[None],
+        position_ids=inputs.position_ids[None],
         attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=inputs.input_ids.device),
         packed_offsets=inputs.offsets.view(-1),  # a tensor of this run alone: layers share what is made of it
         packed_longest=size.longest,
@@ -357,7 +229,9 @@ class Graphs:
         key = (size, adapters, tuple(adapter.method for adapter in adapters), *self.model.modes)
         recorded = self._recorded.get(key)
         if recorded is None:
-            recorded = self._record(list(rows), size, inputs) if len(self._recorded) < MOST else None
+            copied = Inputs.of_size(len(rows), size, device=self.model.device)
+            copied.copy_(inputs)
+            recorded = self._record(list(rows), size, copied) if len(self._recorded) < MOST else None
             if recorded is None:
                 return None
             self._recorded[key] = recorded

@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlora import ops
 from mlora.model.batch import Batch, Row
-from mlora.model.graphs import Graphs, Weights, prepare
+from mlora.model.graphs import Graphs
+from mlora.model.inputs import Inputs
 from mlora.model.multi import MultiAdapterModel
 from mlora.model.recompute import Recompute
 from mlora.model.sizes import Sizes
@@ -152,6 +153,7 @@ class Rehearsal:
         base = count.add(chain(self._frozen, self._scales))
         adapters = count.add(model.adapter_modules.parameters())
         graphs = Graphs(model, sizes)
+        packed = Batch.pack([row for own in rows.values() for row in own], dict.fromkeys(rows, 0))
         with self._mode, ops.standing_for(self.device), count:
             recorded = cuda and graphs.suits(rows)
             if recorded or accumulates:
@@ -159,13 +161,12 @@ class Rehearsal:
                 adapters = count.now - base
             if recorded:
                 size = graphs.size_for(rows)
-                once = dict.fromkeys(rows, Weights(1.0, 1.0))
-                graphs.compute(list(rows), size, prepare(model, rows, dict.fromkeys(rows, 0), once, size))
+                graphs.compute(list(rows), size, Inputs.of_size(len(rows), size, device=model.device))
             else:
                 for parameter, gradient in zip(trained, lasting if accumulates else (), strict=False):
                     parameter.grad = gradient
-                packed = Batch.pack([row for own in rows.values() for row in own], dict.fromkeys(rows, 0))
-                torch.stack([o.loss + o.aux_loss for o in model(packed).values()]).sum().backward()
+                outputs = model(packed.map(self._mode.from_tensor)).values()
+                torch.stack([output.loss + output.aux_loss for output in outputs]).sum().backward()
         for parameter in trained:
             parameter.grad = None
         kept = count.kept - base - adapters

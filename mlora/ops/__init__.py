@@ -26,7 +26,7 @@ _HOME = {
         "stacked",
     ),
     "pissa": ("principal_directions",),
-    "random": ("fold", "jitter", "stable_hash", "stream_keys"),
+    "random": ("fold", "jitter", "stable_hash", "stream_keys", "token_keys"),
     "routing": (
         "balance_loss",
         "multi_hot",

@@ -14,10 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlora import ops
 from mlora.ops.dora import frozen_weight
 
 CHUNK_BYTES = 1 << 28
-"""Of one chunk's float32 logits."""
+"""Of one chunk's logits, in float32 where no kernel reads them as they are."""
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, gradient: bool, fused: bool) -> tuple[Tensor, Tensor]:
+    """Return losses [n] float32 and, where it is wanted, the gradient [n, V] of logits, which are used up."""
+    if fused:
+        from mlora.ops.fused import cross_entropy
+
+        return cross_entropy(logits, targets, gradient), logits
+    z, wanted = logits.float(), targets[:, None]
+    norm = z.logsumexp(-1, keepdim=True)
+    losses = (norm - z.gather(1, wanted))[:, 0]
+    if gradient:
+        z.sub_(norm).exp_().scatter_add_(1, wanted, -torch.ones_like(norm))
+    return losses, z
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -27,17 +42,14 @@ class _TokenLosses(torch.autograd.Function):
         bias: Any = getattr(head, "bias", None)
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        fused = ops.fused_available(hidden)
+        size = max(1, CHUNK_BYTES // ((hidden.element_size() if fused else 4) * len(weight)))
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
-            wanted = targets[chunk, None]
-            logits = F.linear(hidden[chunk], weight, bias).float()
-            norm = logits.logsumexp(-1, keepdim=True)
-            losses[chunk] = (norm - logits.gather(1, wanted))[:, 0]
+            logits = F.linear(hidden[chunk], weight, bias)
+            losses[chunk], of_logits = _cross_entropy(logits, targets[chunk], gradient is not None, fused)
             if gradient is not None:
-                probabilities = logits.sub_(norm).exp_()
-                probabilities.scatter_add_(1, wanted, -torch.ones_like(norm))
-                gradient[chunk] = probabilities.to(hidden.dtype) @ weight
+                gradient[chunk] = of_logits.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return losses
 

@@ -56,7 +56,12 @@ def stream_keys(seed: int, adapter: str, step: int, rows: Tensor, positions: Ten
     Returns:
         [n] int32.
     """
-    keys = rows.to(torch.int32) * GOLDEN + stable_hash(seed, adapter, step)
+    return token_keys(stable_hash(seed, adapter, step), rows, positions)
+
+
+def token_keys(begun: int | Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """Return the key [n] of each token, from `stable_hash` of its run's seed, adapter and optimizer step."""
+    keys = rows.to(torch.int32) * GOLDEN + begun
     return _hash(_hash(keys) + positions.to(torch.int32) * GOLDEN)
 
 

@@ -24,7 +24,8 @@ from mlora.config import JobConfig
 from mlora.data import Sample
 from mlora.model.batch import IGNORED, Row
 from mlora.model.errors import ModelError
-from mlora.model.graphs import Losses, Weights
+from mlora.model.graphs import Losses
+from mlora.model.inputs import Weights
 from mlora.model.multi import AdapterOutput, MultiAdapterModel
 from mlora.model.profile import RouterProfile
 from mlora.parallel import ALONE, Ranks

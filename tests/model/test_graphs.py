@@ -9,7 +9,7 @@ from mlora import ops
 from mlora.adapters import METHODS
 from mlora.config import JobConfig
 from mlora.data import Sample
-from mlora.model import attention, graphs, sizes
+from mlora.model import attention, graphs, inputs, sizes
 from mlora.model.batch import IGNORED, Batch, Row
 from mlora.training import trainer
 from mlora.training.job import Job
@@ -72,12 +72,12 @@ def test_filling_up_changes_nothing(variant: str, monkeypatch) -> None:
     awaken(model)
     model.train()
     rows = {"x": draw_rows("x", 5, 1), "judge": draw_rows("judge", 3, 2, classes=True)}
-    steps, weights = {"x": 4, "judge": 9}, {"x": graphs.Weights(0.05, 0.7), "judge": graphs.Weights(0.3, 1.0)}
+    steps, weights = {"x": 4, "judge": 9}, {"x": inputs.Weights(0.05, 0.7), "judge": graphs.Weights(0.3, 1.0)}
     expected = ordinary(model, rows, steps, weights)
     gradients = collect(model, rows)
     size = sizes.size_for(rows)
-    inputs = graphs.prepare(model, rows, steps, weights, size)
-    computed, parameters, found = graphs.compute(model, list(rows), size, inputs)
+    given = inputs.prepare(model, rows, steps, weights, size)
+    computed, parameters, found = graphs.compute(model, list(rows), size, given)
     for parameter, gradient in zip(parameters, found, strict=True):
         parameter.grad = gradient
     for name, own in zip(rows, computed, strict=True):
@@ -128,7 +128,7 @@ def test_matrices_cast_at_the_start_of_a_step_follow_their_parameters(monkeypatc
         model.add_adapter(name, VARIANTS["mixlora"])
     awaken(model)
     model.train()
-    recorded, weights = Rerun(model), dict.fromkeys("xy", graphs.Weights(0.05, 0.7))
+    recorded, weights = Rerun(model), dict.fromkeys("xy", inputs.Weights(0.05, 0.7))
     for step in range(2):
         rows = {name: draw_rows(name, 4, ord(name) + step) for name in "xy"}
         steps = dict.fromkeys(rows, step)
@@ -152,7 +152,7 @@ def test_gradients_of_several_sizes_add_up(monkeypatch) -> None:
     model.add_adapter("x", VARIANTS["mixlora"])
     awaken(model)
     model.train()
-    recorded, weights = Rerun(model), {"x": graphs.Weights(0.05, 0.7)}
+    recorded, weights = Rerun(model), {"x": inputs.Weights(0.05, 0.7)}
     parts = [{"x": draw_rows("x", count, seed)} for count, seed in ((5, 1), (11, 2), (4, 3), (12, 4))]
     for part in parts:  # an ordinary micro-batch comes between
         ordinary(model, part, {"x": 4}, weights)
@@ -182,7 +182,7 @@ def test_batches_of_a_training_share_graphs(monkeypatch) -> None:
     model.train()
     parts = [{"x": draw_rows("x", count, seed)} for count, seed in ((5, 1), (11, 2), (7, 3))]
     recorded = Rerun(model, sizes.sizes_of(parts, model.num_parameters(None)))
-    weights = {"x": graphs.Weights(0.05, 0.7)}
+    weights = {"x": inputs.Weights(0.05, 0.7)}
     for step, part in enumerate([*parts, {"x": draw_rows("x", 40, 4)}]):
         expected = ordinary(model, part, {"x": step}, weights)
         gradients = collect(model, part)
@@ -260,7 +260,7 @@ def test_replayed_graphs_equal_ordinary_steps(variant: str) -> None:
     recorded = graphs.Graphs(model)
     for step in range(6):
         rows = {"x": draw_rows("x", 16, step), "judge": draw_rows("judge", 16, 10 + step, classes=True)}
-        weights = {"x": graphs.Weights(0.05, 0.7), "judge": graphs.Weights(0.3, 1.0)}
+        weights = {"x": inputs.Weights(0.05, 0.7), "judge": graphs.Weights(0.3, 1.0)}
         steps = {"x": step, "judge": 2 * step}
         assert recorded.suits(rows)
         expected = ordinary(model, rows, steps, weights)

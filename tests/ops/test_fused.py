@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 
 from mlora import ops  # noqa: E402
-from mlora.ops import fused  # noqa: E402
+from mlora.ops import fused, loss  # noqa: E402
 from mlora.ops.fused.groups import grouped, joined  # noqa: E402
 from mlora.ops.fused.products import summed_products  # noqa: E402
 from mlora.ops.fused.router import fused_router_logits, routes_of  # noqa: E402
@@ -353,3 +353,27 @@ def test_layers_that_read_one_input(count: int, dtype: torch.dtype) -> None:
     ours, theirs = (torch.autograd.grad(outs, [x, *trained], upstream) for outs in (found, alone))
     for own, other in zip((*found, *ours), (*alone, *theirs), strict=True):
         same(own, other.float(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 3), (6, 130), (3, 4099), (2, 8192)])
+def test_the_cross_entropy_of_chunks(rows: int, vocabulary: int, dtype: torch.dtype, monkeypatch) -> None:
+    torch.manual_seed(vocabulary)
+    monkeypatch.setattr(ops, "fused_available", lambda _: True)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 2 * vocabulary * dtype.itemsize)  # two rows
+    head = nn.Linear(8, vocabulary).to(DEVICE, dtype).requires_grad_(False)
+    hidden = draw(rows, 8, scale=30, dtype=dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (rows,), device=DEVICE)
+    found = ops.token_losses(hidden, head, targets)
+    logits = head(hidden).float()
+    same(found, nn.functional.cross_entropy(logits, targets, reduction="none"), dtype)
+    upstream = torch.rand(rows, device=DEVICE)
+    (of_hidden,) = gradients(found, upstream, [hidden])
+    expected = (logits.softmax(-1) - nn.functional.one_hot(targets, vocabulary)) * upstream[:, None]
+    same(of_hidden, expected @ head.weight.float(), dtype)
+
+
+def test_a_target_beyond_the_vocabulary_has_no_loss() -> None:
+    logits = torch.zeros(3, 5, device=DEVICE)
+    losses = fused.cross_entropy(logits, torch.tensor([5, -1, 4], device=DEVICE), False)
+    assert losses[:2].isnan().all() and losses[2].item() == pytest.approx(torch.tensor(5.0).log().item())

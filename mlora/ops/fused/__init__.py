@@ -8,6 +8,7 @@ from mlora.ops.fused.copies import FusedCopies
 from mlora.ops.fused.feedforward import activation_name, block_part, feed_forward
 from mlora.ops.fused.gated import gate
 from mlora.ops.fused.linear import Layer, Part, Tensors, adapted_linears
+from mlora.ops.fused.loss import cross_entropy
 from mlora.ops.fused.masks import dropout_of
 from mlora.ops.fused.products import dropout
 from mlora.ops.fused.rotary import rotary
@@ -20,6 +21,7 @@ __all__ = [
     "activation_name",
     "adapted_linears",
     "block_part",
+    "cross_entropy",
     "dropout",
     "dropout_of",
     "feed_forward",
