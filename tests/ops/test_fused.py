@@ -160,9 +160,9 @@ def test_a_router_that_is_not_a_number_says_so(k: int) -> None:
 def test_sums_of_tensors_without_data_ask_torch_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch 2.11 knows no form of a product that is added in another dtype."""
     monkeypatch.setattr(torch, "addmm", lambda *_, **__: pytest.fail("asked"))
-    left, onto = torch.empty(6, 4, dtype=torch.bfloat16, device="meta"), torch.empty(1, 4, 4, device="meta")
+    left, onto = torch.empty(1, 6, 4, dtype=torch.bfloat16, device="meta"), torch.empty(1, 4, 4, device="meta")
     with ops.standing_for("cuda"):
-        assert summed_products(left, left, 1, onto).shape == onto.shape
+        assert summed_products(left, left, onto).shape == onto.shape
 
 
 def test_a_router_of_experts_that_are_alike_learns_nothing() -> None:

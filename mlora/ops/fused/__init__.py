@@ -5,12 +5,12 @@ and tests hold it to that. Import this package only where `ops.fused_available` 
 """
 
 from mlora.ops.fused.copies import FusedCopies
+from mlora.ops.fused.dropped import dropout
 from mlora.ops.fused.feedforward import activation_name, block_part, feed_forward
 from mlora.ops.fused.gated import gate
 from mlora.ops.fused.linear import Layer, Part, Tensors, adapted_linears
 from mlora.ops.fused.loss import cross_entropy
 from mlora.ops.fused.masks import dropout_of
-from mlora.ops.fused.products import dropout
 from mlora.ops.fused.rotary import rotary
 
 __all__ = [

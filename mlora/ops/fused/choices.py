@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -93,16 +92,18 @@ class Choices(NamedTuple):
         """Choices, k."""
         return self.experts.shape[1]
 
-    def apart(self, codes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return what the first choice has of codes [N, R], and what the second has more; None without a second."""
-        out, more = torch.empty_like(codes), torch.empty_like(codes) if self.per_token == 2 else None
-        self._select(APART, codes, codes, out, out if more is None else more)
-        return out, more
+    def apart(self, codes: Tensor) -> Tensor:
+        """Return what the first choice has of codes [L, N, R], and what the second has more: [L, k, N, R]."""
+        out = codes.new_empty((len(codes), self.per_token, *codes.shape[1:]))
+        for given, made in zip(codes, out, strict=True):
+            self._select(APART, given, given, made[0], made[-1])
+        return out
 
-    def join(self, first: Tensor, more: Tensor | None) -> Tensor:
-        """Return the gradient of codes [N, R] from those of `apart`."""
-        out = torch.empty_like(first)
-        self._select(JOIN, first, first if more is None else more, out, out)
+    def join(self, parts: Tensor) -> Tensor:
+        """Return the gradient of codes [L, N, R] from those of `apart`."""
+        out = parts.new_empty((len(parts), *parts.shape[2:]))
+        for given, made in zip(parts, out, strict=True):
+            self._select(JOIN, given[0], given[-1], made, made)
         return out
 
     def alone(self, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ Shapes: n tokens, D hidden, I intermediate, E experts, k experts of a token, r r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
-from typing import Any, NamedTuple
+from itertools import chain, islice
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from mlora.ops.copies import Casts
 from mlora.ops.dora import frozen_weight
 from mlora.ops.fused.choices import Choices
+from mlora.ops.fused.dropped import add_expanded, gradients_of_a, reduced
 from mlora.ops.fused.gated import Middle, gated, gated_grad
 from mlora.ops.fused.groups import dropout_form, form_of, grouped, joined, joined_dropout
 from mlora.ops.fused.masks import Dropout, dropout_of
 from mlora.ops.fused.products import (
     Addend,
-    add_updates,
-    drop,
+    apart,
     frozen_product,
-    gradients_of_a,
-    gradients_of_b,
     narrow,
+    of_each_a,
+    of_each_b,
     product,
+    summed_products,
     unit_stride,
     wide,
 )
@@ -88,12 +89,12 @@ class _Group(NamedTuple):
     dropouts: tuple[Dropout | None, ...]
 
 
-class _Pair(NamedTuple):
-    """The updates of a group at one layer.
+class _Layers(NamedTuple):
+    """The updates of a group at layers that read the same: at gate and up or one of them, or at down.
 
     Attributes:
-        a, b: of every part.
-        narrow, wide: the same as [G, E r, F], of the dtype that products run in.
+        a, b: of every part, layer by layer.
+        narrow, wide: the same as [L, G, E r, F], of the dtype that products run in.
     """
 
     a: list[Tensor]
@@ -101,56 +102,51 @@ class _Pair(NamedTuple):
     narrow: Tensor
     wide: Tensor
 
+    def parts(self, of: list[Tensor]) -> list[list[Tensor]]:
+        """Return what belongs to each layer."""
+        each = len(of) // len(self.narrow)
+        return [of[i : i + each] for i in range(0, len(of), each)]
+
 
 class _Stacks(NamedTuple):
-    """The tensors of a group: of its layers, and whom its tokens chose; None for what it has not."""
+    """The tensors of a group; None for what it has not.
 
-    gate: _Pair | None
-    up: _Pair | None
-    down: _Pair | None
+    Attributes:
+        where: which of gate and up have updates.
+        first: at those.
+        down: at the last.
+        choices: whom its tokens chose.
+    """
+
+    where: slice
+    first: _Layers | None
+    down: _Layers | None
     choices: Choices | None
 
     @property
     def matrices(self) -> list[Tensor | None]:
-        """Narrow and wide of every layer: six."""
-        return [m for pair in self[:3] for m in ((None, None) if pair is None else (pair.narrow, pair.wide))]
-
-
-class _First(NamedTuple):
-    """A group's update of the gate or the up projection.
-
-    Attributes:
-        codes: s A d(x) [N, E r].
-        addends: to the layer's output, for the first choice.
-        more: what the second choice has more [N, I]; None where there is no second.
-    """
-
-    codes: Tensor | None
-    addends: list[Addend]
-    more: Tensor | None
+        """Narrow and wide of both: four."""
+        return [m for own in (self.first, self.down) for m in ((None, None) if own is None else own[2:])]
 
 
 class _Kept(NamedTuple):
     """What the forward of a group leaves for its backward.
 
     Attributes:
-        gate_codes, up_codes: s A1 d(x) and s A3 d(x) [N, E r].
+        codes: s A d(x) of the first layers [L, N, E r].
         gate_more, up_more: what the second choice has more [N, I].
         down_codes: s sum_j w_j A2 d(h_j) [N, E r].
-        gate_narrow, ..., down_wide: the matrices of its stacks.
+        first_narrow, ..., down_wide: the matrices of its stacks.
         routers: [G, E, D] float32.
         weights, experts: [N, k] of its tokens' choices.
     """
 
-    gate_codes: Tensor | None
-    up_codes: Tensor | None
+    codes: Tensor | None
     gate_more: Tensor | None
     up_more: Tensor | None
     down_codes: Tensor | None
-    gate_narrow: Tensor | None
-    gate_wide: Tensor | None
-    up_narrow: Tensor | None
-    up_wide: Tensor | None
+    first_narrow: Tensor | None
+    first_wide: Tensor | None
     down_narrow: Tensor | None
     down_wide: Tensor | None
     routers: Tensor | None
@@ -159,8 +155,8 @@ class _Kept(NamedTuple):
 
     @property
     def matrices(self) -> Sequence[Tensor | None]:
-        """Narrow and wide of every layer."""
-        return self[5:11]
+        """Narrow and wide of the first layers and the last."""
+        return self[4:8]
 
     @property
     def chosen(self) -> tuple[Tensor, Tensor] | None:
@@ -187,33 +183,37 @@ class _FeedForward(torch.autograd.Function):
             _stacked(group, owned, x.dtype, None if own is None else own[1:], casts=casts)
             for group, own in zip(groups, routes, strict=True)
         ]
-        pairs = list(zip(groups, stacks, strict=True))
-        gates, ups = [], []
-        for group, own in pairs:
-            less = drop(x[group.tokens], group.dropouts[:2])
-            gates.append(_first(group, own, own.gate, less[0]))
-            ups.append(_first(group, own, own.up, less[1]))
-        gate, up = (
-            frozen_product(layer, x, [addend for first in firsts for addend in first.addends])
-            for layer, firsts in zip(layers, (gates, ups), strict=False)
-        )
+        of_first: tuple[list[Addend], list[Addend]] = ([], [])
+        codes: list[Tensor | None] = []
+        mores: list[list[Tensor | None]] = [[None, None] for _ in groups]
+        for group, own, more in zip(groups, stacks, mores, strict=True):
+            if own.first is None:
+                codes.append(None)
+                continue
+            found = reduced(x[group.tokens], own.first.narrow, group.dropouts[own.where], group.form.scaling)
+            codes.append(found)
+            each = zip(range(2)[own.where], _apart(found, own.choices), own.first.wide, strict=True)
+            for layer, (alone, *second), matrices in each:
+                of_first[layer].append(Addend(group.tokens, apart(alone, _count(group)), matrices))
+                if second:
+                    more[layer] = product(apart(second[0], _count(group)), matrices).flatten(0, 1)
+        gate, up = (frozen_product(layer, x, own) for layer, own in zip(layers, of_first, strict=False))
         hidden = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         every, addends = [], []
-        for i, ((group, own), first, second) in enumerate(zip(pairs, gates, ups, strict=True)):
-            kept = gated(_middle(group, own, gate, up, first.more, second.more), hidden[group.tokens])
-            codes = None
+        for i, (group, own) in enumerate(zip(groups, stacks, strict=True)):
+            kept = gated(_middle(group, own, gate, up, *mores[i]), hidden[group.tokens])
+            down_codes = None
             if own.down is not None and kept is not None:
-                of_choices = product(kept.view(-1, kept.shape[-1]), own.down.narrow.mT, group.form.scaling)
-                codes = of_choices if own.choices is None else own.choices.sum(of_choices)
-                addends.append(Addend(group.tokens, codes, own.down.wide))
-            of_first = first.codes, second.codes, first.more, second.more
+                of_choices = product(kept.flatten(1, 2), own.down.narrow[0].mT, group.form.scaling).flatten(0, 1)
+                down_codes = of_choices if own.choices is None else own.choices.sum(of_choices)
+                addends.append(Addend(group.tokens, apart(down_codes, _count(group)), own.down.wide[0]))
             chosen = (None, None) if own.choices is None else own.choices[:2]
-            every.append(_Kept._make((*of_first, codes, *own.matrices, routers[i], *chosen)))
+            every.append(_Kept._make((codes[i], *mores[i], down_codes, *own.matrices, routers[i], *chosen)))
         ctx.layers, ctx.groups = layers, groups
         ctx.save_for_backward(x, gate, up, *(tensor for kept in every for tensor in kept), *tensors)
         out = frozen_product(layers[2], hidden, addends)
-        each = zip(groups, routes, strict=True)
-        return out, *(part for group, own in each if own is not None for part in own.logits.chunk(_count(group)))
+        logits = (own.logits.chunk(_count(group)) for group, own in zip(groups, routes, strict=True) if own is not None)
+        return out, *chain(*logits)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *logits_grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -226,7 +226,8 @@ class _FeedForward(torch.autograd.Function):
         grad = grad.contiguous()
         first, second, third = (frozen_weight(layer).to(grad.dtype) for layer in ctx.layers)
         hidden_grad = grad @ third
-        gate_grad, up_grad = torch.empty_like(hidden_grad), torch.empty_like(hidden_grad)
+        kinds = 1 + any(kept.gate_more is not None or kept.up_more is not None for kept in every)
+        grads = hidden_grad.new_empty((2, kinds, *hidden_grad.shape))
         of_experts, of_weights, codes = [], [], []
         for group, kept in zip(ctx.groups, every, strict=True):
             own, t = _stacked(group, owned, grad.dtype, kept.chosen, kept.matrices), group.tokens
@@ -235,77 +236,90 @@ class _FeedForward(torch.autograd.Function):
             by_updates = weighted = None
             if own.down is not None and down_grad is not None:
                 alone, weighted = (down_grad, down_grad) if own.choices is None else own.choices.alone(down_grad)
-                by_updates = product(alone, own.down.narrow).view(middle.shape)
-            found = gated_grad(middle, hidden_grad[t], by_updates, gate_grad[t], up_grad[t])
+                by_updates = product(apart(alone, _count(group)), own.down.narrow[0]).view(middle.shape)
+            found = gated_grad(middle, hidden_grad[t], by_updates, grads[:, :, t])
             of_down_a = _none(group)
             if own.down is not None and weighted is not None and found.kept is not None:
-                of_down_a = gradients_of_a(weighted, found.kept.view(-1, found.kept.shape[-1]), own.down.a)
-            of_gate = _of_first(group, own, own.gate, x[t], kept.gate_codes, gate_grad[t], found.gate_more, 0)
-            of_up = _of_first(group, own, own.up, x[t], kept.up_codes, up_grad[t], found.up_more, 1)
-            of_experts.append((of_gate.a, of_gate.b, of_up.a, of_up.b, of_down_a, of_down_b))
+                summed = summed_products(apart(weighted, _count(group)), found.kept.flatten(1, 2))
+                of_down_a = of_each_a(summed, own.down.a)
+            of_first, of_codes = _of_first(group, own, x[t], kept.codes, grads[:, :, t])
+            of_experts.append((*of_first, of_down_a, of_down_b))
             of_weights.append(found.weights)
-            codes.append([(own.gate, of_gate.codes), (own.up, of_up.codes)])
-        dx = (gate_grad @ first).addmm_(up_grad, second) if ctx.needs_input_grad[0] else None
+            codes.append((own, of_codes))
+        dx = (grads[0, 0] @ first).addmm_(grads[1, 0], second) if ctx.needs_input_grad[0] else None
         gradients, of_logits = list[Tensor | None](), iter(logits_grads)
         for i, (group, kept) in enumerate(zip(ctx.groups, every, strict=True)):
             here = None if dx is None else dx[group.tokens]
             of_routers: Sequence[Tensor | None] = _none(group)
             if kept.routers is not None and kept.chosen is not None:
-                own = x[group.tokens]
-                said = _joined(list(islice(of_logits, _count(group))), kept.routers, len(own))
+                read = x[group.tokens]
+                said = _joined(list(islice(of_logits, _count(group))), kept.routers, len(read))
                 of_routers = router_gradients(
-                    own, kept.routers, here, ADDED, said, of_weights[i], *kept.chosen
+                    read, kept.routers, here, ADDED, said, of_weights[i], *kept.chosen
                 ).unbind(0)  # fmt: skip
             each = *of_experts[i], of_routers
             gradients += [tensor for part in zip(*each, strict=True) for tensor in part]
-            if here is None:
-                continue
-            updates = [
-                (code, pair.narrow, dropout)
-                for (pair, code), dropout in zip(codes[i], group.dropouts, strict=False)
-                if pair is not None and code is not None
-            ]
-            add_updates(here, updates)
+            own, of_codes = codes[i]
+            if here is not None and own.first is not None and of_codes is not None:
+                add_expanded(here, of_codes, own.first.narrow, group.dropouts[own.where])
         return dx, None, None, None, *gradients
 
 
-def _first(group: _Group, own: _Stacks, pair: _Pair | None, x: Tensor) -> _First:
-    """Return the update of a first layer, from what it reads of the group's tokens."""
-    if pair is None:
-        return _First(None, [], None)
-    codes = product(x, pair.narrow.mT, group.form.scaling)
-    first, other = (codes, None) if own.choices is None else own.choices.apart(codes)
-    more = None
-    if other is not None:
-        more = product(other, pair.wide)
-    return _First(codes, [Addend(group.tokens, first, pair.wide)], more)
-
-
-class _OfFirst(NamedTuple):
-    """Gradients of a group's update of a first layer: of its codes [N, E r], of each A and of each B."""
-
-    codes: Tensor | None
-    a: Sequence[Tensor | None]
-    b: Sequence[Tensor | None]
+def _apart(codes: Tensor, choices: Choices | None) -> Tensor:
+    """Return codes of layers [L, N, E r] as what the first choice has of them and the second more [L, k, N, E r]."""
+    return codes[:, None] if choices is None else choices.apart(codes)
 
 
 def _of_first(
-    group: _Group, own: _Stacks, pair: _Pair | None, x: Tensor, codes: Tensor | None, grad: Tensor,
-    more_grad: Tensor | None, layer: int,
-) -> _OfFirst:  # fmt: skip
-    """Return the gradients of an update, from those of g_1 and g_2 - g_1 [N, I]."""
-    if pair is None or codes is None:
-        return _OfFirst(None, _none(group), _none(group))
-    scaling, matrices = group.form.scaling, pair.wide.mT
-    first, more = (codes, None) if own.choices is None else own.choices.apart(codes)
-    pairs = [(grad, first)]
-    if more is not None and more_grad is not None:
-        pairs.append((more_grad, more))
-    of_b = gradients_of_b(pairs, pair.b)
-    of_codes = product(grad, matrices, scaling)
-    if own.choices is not None:
-        of_codes = own.choices.join(of_codes, None if more_grad is None else product(more_grad, matrices, scaling))
-    return _OfFirst(of_codes, gradients_of_a(of_codes, x, pair.a, group.dropouts[layer]), of_b)
+    group: _Group, own: _Stacks, x: Tensor, codes: Tensor | None, grads: Tensor
+) -> tuple[list[Sequence[Tensor | None]], Tensor | None]:
+    """Return the gradients of A and B at the gate and at the up projection, four, and those of codes [L, N, E r].
+
+    Args:
+        group: of adapters.
+        own: its tensors.
+        x: what the layers read of its tokens [N, D].
+        codes: [L, N, E r].
+        grads: of g_1 and g_2 - g_1, and of u_1 and u_2 - u_1, [2, k, N, I].
+    """
+    found: list[Sequence[Tensor | None]] = [_none(group)] * 4
+    if own.first is None or codes is None:
+        return found, None
+    parts = _apart(codes, own.choices)
+    of_parts, of_wide = _of_layers(grads[own.where, : parts.shape[1]], parts, own.first.wide, group.form.scaling)
+    of_codes = of_parts[:, 0] if own.choices is None else own.choices.join(of_parts)
+    of_narrow = gradients_of_a(of_codes, x, group.dropouts[own.where], _count(group))
+    each = zip(own.first.parts(own.first.a), own.first.parts(own.first.b), of_narrow, of_wide, strict=True)
+    found[2 * own.where.start : 2 * own.where.stop] = [
+        gradients for a, b, of_a, of_b in each for gradients in (of_each_a(of_a, a), of_each_b(of_b, b))
+    ]
+    return found, of_codes
+
+
+def _of_layers(grads: Tensor, parts: Tensor, wide: Tensor, scale: float) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return the gradients of parts of codes [L, k, N, E r], and of each layer's B [G, I, E r] float32.
+
+    Args:
+        grads: of what was added [L, k, N, I].
+        parts: [L, k, N, E r].
+        wide: B [L, G, E r, I].
+        scale: of what reaches the codes.
+    """
+    (layers, kinds, tokens, _), groups = grads.shape, wide.shape[1]
+    of_parts = parts.new_empty(parts.shape)
+    if grads.is_contiguous() and 1 in (groups, kinds):  # one launch for all
+        form = layers * groups, kinds * tokens // groups, -1
+        product(grads.view(form), wide.flatten(0, 1).mT, scale, of_parts.view(form))
+        return of_parts, summed_products(grads.view(form), parts.reshape(form)).unflatten(0, (layers, groups)).unbind()
+    of_wide = []
+    for layer in range(layers):
+        summed = None
+        for kind in range(kinds):
+            given = apart(grads[layer, kind], groups)
+            product(given, wide[layer].mT, scale, apart(of_parts[layer, kind], groups))
+            summed = summed_products(given, apart(parts[layer, kind], groups), summed)
+        of_wide.append(cast("Tensor", summed))
+    return of_parts, of_wide
 
 
 def _of_down(
@@ -314,8 +328,9 @@ def _of_down(
     """Return the gradients of codes d(h_j) A2, all experts' [N, E r], and of each B2."""
     if own.down is None or codes is None:
         return None, _none(group)
-    down_grad = product(grad, own.down.wide.mT, group.form.scaling)
-    return down_grad, gradients_of_b([(grad, codes)], own.down.b)
+    given = apart(grad, _count(group))
+    down_grad = product(given, own.down.wide[0].mT, group.form.scaling).flatten(0, 1)
+    return down_grad, of_each_b(summed_products(given, apart(codes, _count(group))), own.down.b)
 
 
 def _middle(
@@ -361,13 +376,21 @@ def _stacked(
     columns: list[Any] = [
         None if tensors[0] is None else list(tensors) for tensors in zip(*owned[group.members], strict=True)
     ]
-    if matrices is None:
-        make = (narrow, wide) * 3
-        matrices = [None if own is None else to(own, dtype, casts) for own, to in zip(columns[:6], make, strict=True)]
-    each = zip(columns[:6:2], columns[1:6:2], matrices[::2], matrices[1::2], strict=True)
-    gate, up, down = (None if a is None else _Pair(a, b, less, more) for a, b, less, more in each)
+    where = slice(int(columns[0] is None), 1 + int(columns[2] is not None))
+
+    def layers(a: Sequence[list[Tensor]], b: Sequence[list[Tensor]], made: Sequence[Any] | None) -> _Layers | None:
+        if not a:
+            return None
+        a_of, b_of = list(chain(*a)), list(chain(*b))
+        if made is None:
+            both = narrow(a_of, dtype, casts), wide(b_of, dtype, casts)
+            made = [stack.unflatten(0, (len(a), _count(group))) for stack in both]
+        return _Layers(a_of, b_of, *made)
+
+    first = layers(columns[0:4:2][where], columns[1:4:2][where], matrices and matrices[:2])
+    down = layers(columns[4:5] if columns[4] else [], columns[5:6], matrices and matrices[2:])
     choices = None if chosen is None else Choices(*chosen, group.form.rank, _count(group))
-    return _Stacks(gate, up, down, choices)
+    return _Stacks(where, first, down, choices)
 
 
 def _routers(owned: Sequence[Own]) -> Tensor | None:

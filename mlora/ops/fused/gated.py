@@ -254,43 +254,39 @@ def gated(of: Middle, hidden: Tensor) -> Tensor | None:
 
 
 class Gradients(NamedTuple):
-    """Those of `Middle`, besides gate and up, whose are written in place; None for what it has not.
+    """Those of `Middle`, besides g and u; None for what it has not.
 
     Attributes:
-        gate_more, up_more: [N, I].
         weights: [N, k].
         kept: d(h_j) [G, k, n, I], once more.
     """
 
-    gate_more: Tensor | None
-    up_more: Tensor | None
     weights: Tensor | None
     kept: Tensor | None
 
 
-def gated_grad(of: Middle, hidden_grad: Tensor, down: Tensor | None, gate_grad: Tensor, up_grad: Tensor) -> Gradients:
-    """Write the gradients of gate and up [N, I], and return the others.
+def gated_grad(of: Middle, hidden_grad: Tensor, down: Tensor | None, grads: Tensor) -> Gradients:
+    """Write the gradients of g_1 and g', u_1 and u', and return the others.
 
     Args:
         of: as `gated` took it.
         hidden_grad: of h [N, I], by the frozen down projection.
         down: of d(h_j) [G, k, n, I], by its updates; None without.
-        gate_grad, up_grad: to write.
+        grads: to write, [2, 2, N, I]; [2, 1, N, I] without g' and u'.
     """
     _, _, tokens, features = of.shape
-    gate_more, up_more = (None if more is None else more.new_empty(more.shape) for more in (of.gate_more, of.up_more))
     kept = None if down is None else of.gate.new_empty(of.shape)
     tiles = triton.cdiv(tokens, BACKWARD["BT"]), triton.cdiv(half_of(features), BACKWARD["BI"]), of.groups
     sums = None if of.choices is None else of.choices.weights.new_zeros((tiles[1], *of.choices.weights.shape))
     if tokens:
         _gated_grad[tiles](
             of.gate, _or(of.gate_more, of.gate), of.up, _or(of.up_more, of.up), hidden_grad, _or(down, of.gate),
-            *of.chosen(of.gate), gate_grad, _or(gate_more, of.gate), up_grad,
-            _or(up_more, of.up), _or(kept, of.gate), _or(sums, of.gate),
+            *of.chosen(of.gate), grads[0, 0], grads[0, -1], grads[1, 0], grads[1, -1], _or(kept, of.gate),
+            _or(sums, of.gate),
             of.gate if of.dropout is None else of.dropout.keys, tokens, features, half_of(features),
             **_settings(of, down is not None), **BACKWARD,
         )  # fmt: skip
-    return Gradients(gate_more, up_more, None if sums is None else sums.sum(0), kept)
+    return Gradients(None if sums is None else sums.sum(0), kept)
 
 
 class _Gate(torch.autograd.Function):
@@ -305,9 +301,9 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
-        gated_grad(_alone(gate, up, ctx.activation), grad.contiguous(), None, gate_grad, up_grad)
-        return gate_grad, up_grad, None
+        grads = gate.new_empty((2, 1, *gate.shape))
+        gated_grad(_alone(gate, up, ctx.activation), grad.contiguous(), None, grads)
+        return grads[0, 0], grads[1, 0], None
 
 
 def _alone(gate: Tensor, up: Tensor, activation: str) -> Middle:

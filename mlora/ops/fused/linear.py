@@ -10,6 +10,7 @@ Shapes: n tokens, D inputs, O outputs, R = E * r columns of E stacked matrices o
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,19 +18,20 @@ from torch import Tensor, nn
 
 from mlora.ops.copies import Casts
 from mlora.ops.dora import frozen_weight
+from mlora.ops.fused.dropped import MOST_LAYERS, add_expanded, gradients_of_a, reduced
 from mlora.ops.fused.groups import dropout_form, form_of, grouped, joined, joined_dropout
 from mlora.ops.fused.masks import Dropout
 from mlora.ops.fused.products import (
     Addend,
-    add_updates,
-    drop,
+    apart,
     frozen_product,
-    gradients_of_a,
-    gradients_of_b,
     narrow,
+    of_each_a,
+    of_each_b,
     product,
     rescale,
     rescale_grad,
+    summed_products,
     unit_stride,
     wide,
 )
@@ -96,6 +98,22 @@ class _Plan(NamedTuple):
     owned: slice
 
 
+class _Bundle(NamedTuple):
+    """Groups of the same tokens at up to three layers, whose narrow products are one launch.
+
+    Attributes:
+        members: their numbers among the groups of all layers.
+        tokens: of the stream.
+        scaling: of each.
+        dropouts: of each.
+    """
+
+    members: list[int]
+    tokens: slice
+    scaling: float
+    dropouts: list[Dropout | None]
+
+
 class _AdaptedLinears(torch.autograd.Function):
     """Layers that read one input; `tensors` holds the fields of `Tensors` for each part of each. W and b are frozen."""
 
@@ -104,76 +122,97 @@ class _AdaptedLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, casts: Casts | None, layers: Sequence[tuple[nn.Module, Sequence[Part]]], *tensors: Any
     ) -> tuple[Tensor, ...]:
         owned, stop = _owned(tensors), 0
-        ctx.plans, outs, saved = [], [], []
+        ctx.plans = []
         for frozen, parts in layers:
             here = slice(stop, stop := stop + len(parts))
             ctx.plans.append(_Plan(frozen, list(_groups(parts, owned[here])), here))
-        dropped = _dropped(x, [group for plan in ctx.plans for group in plan.groups])
+        every = _members(ctx.plans, owned)
+        ctx.bundles = list(_bundles(every))
+        codes, stacks = dict[int, Tensor](), []
+        for bundle in ctx.bundles:
+            stack = narrow([t.a for i in bundle.members for t in every[i][1]], x.dtype, casts)
+            stacks.append(stack.unflatten(0, (len(bundle.members), -1)))
+            found = reduced(x[bundle.tokens], stacks[-1], bundle.dropouts, bundle.scaling)
+            codes |= zip(bundle.members, found, strict=True)
+        outs, kept, unscaled = list[Tensor](), list[Tensor](), list[Tensor | None]()
         for plan in ctx.plans:
-            kept, addends = [], []
+            addends = []
             for group in plan.groups:
-                own = owned[plan.owned][group.members]
-                a, b = narrow([t.a for t in own], x.dtype, casts), wide([t.b for t in own], x.dtype, casts)
-                codes = product(next(dropped), a.mT, group.scaling)
-                kept += [codes, a, b]
-                addends.append(Addend(group.tokens, _weighted(codes, own), b))
+                own, own_codes = owned[plan.owned][group.members], codes[len(kept) // 2]
+                b = wide([t.b for t in own], x.dtype, casts)
+                kept += [own_codes, b]
+                addends.append(Addend(group.tokens, apart(_weighted(own_codes, own), len(own)), b))
             out = frozen_product(plan.frozen, x, addends)
             bias = cast("Tensor | None", plan.frozen.bias)
-            out, unscaled = _rescaled(out, plan.groups, owned[plan.owned], bias)
+            out, before = _rescaled(out, plan.groups, owned[plan.owned], bias)
             outs.append(out)
-            saved += [*kept, *unscaled]
-        ctx.save_for_backward(x, *saved, *tensors)
+            unscaled += before
+        ctx.save_for_backward(x, *stacks, *kept, *unscaled, *tensors)
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        every = _owned(saved[4 * sum(len(plan.groups) for plan in ctx.plans) :])
+        count = sum(len(plan.groups) for plan in ctx.plans)
+        each = iter(saved)
+        stacks, kept, unscaled = (list(islice(each, n)) for n in (len(ctx.bundles), 2 * count, count))
+        owned = _owned(list(each))
+        every = _members(ctx.plans, owned)
+        of_codes, slots = [], dict[int, Tensor]()
+        for bundle, stack in zip(ctx.bundles, stacks, strict=True):
+            tokens = bundle.tokens.stop - bundle.tokens.start
+            of_codes.append(stack.new_empty((len(stack), tokens, stack.shape[2])))
+            slots |= zip(bundle.members, of_codes[-1], strict=True)
         dx: Tensor | None = None
-        gradients: list[Tensor | None] = []
-        updates: list[tuple[_Group, Tensor, Tensor]] = []
+        found: list[list[Sequence[Tensor | None]]] = []  # of each group, gradients of B, weights and factors
         for plan, grad in zip(ctx.plans, grads, strict=True):
-            count, owned = len(plan.groups), every[plan.owned]
-            kept, unscaled, saved = saved[: 3 * count], saved[3 * count : 4 * count], saved[4 * count :]
-            grad, factors = _gradients_of_factors(grad.contiguous(), unscaled, plan.groups, owned)
+            first = len(found)
+            here = slice(first, first + len(plan.groups))
+            grad, factors = _gradients_of_factors(grad.contiguous(), unscaled[here], plan.groups, owned[plan.owned])
             if ctx.needs_input_grad[0]:
                 weight = frozen_weight(plan.frozen).to(grad.dtype)
                 dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
-            for group, codes, a, b in zip(plan.groups, kept[::3], kept[1::3], kept[2::3], strict=True):
-                own, here = owned[group.members], grad[group.tokens]
+            for i, (group, own) in enumerate(every[here], first):
+                codes, b = kept[2 * i : 2 * i + 2]
+                of_out, slot = apart(grad[group.tokens], len(own)), apart(slots[i], len(own))
                 # codes hold the scaling, so what reaches their weights does not
-                weighted = product(here, b.mT, group.scaling if own[0].weights is None else 1.0)
-                of_weights = _gradients_of_weights(weighted, codes, own)
-                of_codes = _weighted(weighted, own, group.scaling)
-                of_b = gradients_of_b([(here, _weighted(codes, own))], [t.b for t in own])
-                of_a = gradients_of_a(of_codes, x[group.tokens], [t.a for t in own], group.dropout)
-                updates.append((group, of_codes, a))
-                for part in zip(of_a, of_b, of_weights, factors[group.members], strict=True):
-                    gradients += part
-        if dx is not None:
-            for together in _alike([group for group, *_ in updates]):
-                own = [updates[i] for i in together]
-                add_updates(dx[own[0][0].tokens], [(of_codes, a, group.dropout) for group, of_codes, a in own])
+                product(of_out, b.mT, group.scaling if own[0].weights is None else 1.0, slot)
+                of_weights = _gradients_of_weights(slots[i], codes, own)
+                if own[0].weights is not None:
+                    slots[i].copy_(_weighted(slots[i], own, group.scaling))
+                summed = summed_products(of_out, apart(_weighted(codes, own), len(own)))
+                found.append([of_each_b(summed, [t.b for t in own]), of_weights, factors[group.members]])
+        of_a = dict[int, list[Tensor]]()
+        for bundle, codes, stack in zip(ctx.bundles, of_codes, stacks, strict=True):
+            summed = gradients_of_a(codes, x[bundle.tokens], bundle.dropouts, stack.shape[1])
+            for i, own in zip(bundle.members, summed, strict=True):
+                of_a[i] = of_each_a(own, [t.a for t in every[i][1]])
+            if dx is not None:
+                add_expanded(dx[bundle.tokens], codes, stack, bundle.dropouts)
+        gradients: list[Tensor | None] = []
+        for i, others in enumerate(found):
+            for part in zip(of_a[i], *others, strict=True):
+                gradients += part
         return dx, None, None, *gradients
 
 
-def _dropped(x: Tensor, groups: Sequence[_Group]) -> Iterator[Tensor]:
-    """Return d(x) for every group; those of the same tokens are made in one pass."""
-    found: dict[int, Tensor] = {}
-    for together in _alike(groups):
-        made = drop(x[groups[together[0]].tokens], [groups[i].dropout for i in together])
-        found |= zip(together, made, strict=True)
-    return (found.pop(i) for i in range(len(groups)))
+def _members(plans: Sequence[_Plan], owned: Sequence[Tensors]) -> list[tuple[_Group, Sequence[Tensors]]]:
+    """Return the groups of all layers, each with the tensors of its parts."""
+    return [(group, owned[plan.owned][group.members]) for plan in plans for group in plan.groups]
 
 
-def _alike(groups: Sequence[_Group]) -> Iterator[list[int]]:
-    """Yield the numbers of groups of the same tokens and share to drop, three at most, as many as a kernel takes."""
+def _bundles(every: Sequence[tuple[_Group, Sequence[Tensors]]]) -> Iterator[_Bundle]:
+    """Yield groups of the same tokens and forms, as many as a kernel takes."""
     found: dict[Hashable, list[int]] = {}
-    for i, group in enumerate(groups):
+    for i, (group, own) in enumerate(every):
         share = None if group.dropout is None else group.dropout.dropped
-        found.setdefault((group.tokens.start, group.tokens.stop, share), []).append(i)
-    for members in found.values():
-        yield from (members[i : i + 3] for i in range(0, len(members), 3))
+        tokens = group.tokens.start, group.tokens.stop
+        found.setdefault((*tokens, share, group.scaling, len(own), own[0].a.shape), []).append(i)
+    for alike in found.values():
+        for first in range(0, len(alike), MOST_LAYERS):
+            members = alike[first : first + MOST_LAYERS]
+            group = every[members[0]][0]
+            yield _Bundle(members, group.tokens, group.scaling, [every[i][0].dropout for i in members])
 
 
 def _owned(tensors: Sequence[Any]) -> list[Tensors]:
