@@ -90,7 +90,7 @@ class Rehearsal:
         if compiled:
             for layer in model.sites.layers:
                 keep_inputs_alone(layer)
-        with self._mode, ops.standing_for(device):
+        with self._mode, ops.standing_for(device), model.sites.only_called():
             model.outputs_plainly = passes_outputs_on(model.hf_model)
         model.train()
         self._frozen = [*model.hf_model.parameters(), *model.hf_model.buffers()]

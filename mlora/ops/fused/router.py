@@ -170,7 +170,7 @@ def _logits(x: Tensor, routers: Tensor) -> Tensor:
     groups, experts, features = routers.shape
     tokens = len(x) // groups
     tiles = triton.cdiv(tokens, 32)
-    parts, share = shares(features, 128, tiles * groups)
+    parts, share = shares(features, 128, tiles * groups // 2)  # of two warps each: twice as many at once
     logits = x.new_empty((parts, len(x), experts), dtype=torch.float32)
     if tokens:
         _router[(tiles, parts, groups)](
@@ -210,13 +210,13 @@ def router_gradients(
     groups, experts, features = routers.shape
     tokens = len(x) // groups
     chooses = weights_grad is not None and weights_grad.shape[1] == 2
-    tiles = triton.cdiv(features, 128)
+    tiles = triton.cdiv(features, 256)
     parts, share = shares(max(tokens, 1), 32, tiles * groups)
     routers_grad = routers.new_empty((parts, *routers.shape))
     given = [routers if tensor is None else tensor for tensor in (grad, weights_grad, weights, chosen)]
     _router_grad[(tiles, parts, groups)](
         *given, x, routers, x if x_grad is None else x_grad, routers_grad, tokens, features, experts, x.stride(0),
-        share, LOGITS=grad is not None, CHOSEN=chooses, INPUT=0 if x_grad is None else how, BT=32, BF=128,
+        share, LOGITS=grad is not None, CHOSEN=chooses, INPUT=0 if x_grad is None else how, BT=32, BF=256,
         BE=_block(experts),
     )  # fmt: skip
     return routers_grad[0] if parts == 1 else routers_grad.sum(0)
