@@ -97,7 +97,7 @@ class AdaptedBlock(Wrapper):
         ]
         layers = tuple(self._linear(layer).frozen for layer in (*self.site.ups, self.site.down))
         every, owned = zip(*parts, strict=True)
-        out, logits = fused.feed_forward(x, layers, every, owned, self.scope.casts)
+        out, logits = fused.feed_forward(x, layers, every, owned, self.scope.lasting)
         for s, own in zip(segments, logits, strict=True):
             if own is not None:
                 s.record(self.site.path, own)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -110,13 +110,11 @@ class _Tools(NamedTuple):
 
     Attributes:
         parameters: that get gradients.
-        kept: [number of them] int32, 1 where a replay adds to the gradient that is there, 0 where it replaces it.
         casts: of matrices, renewed.
-        sums: of gradients.
+        sums: of gradients that were computed elsewhere than in their places.
     """
 
     parameters: list[nn.Parameter]
-    kept: Tensor
     casts: ops.Copies
     sums: ops.Copies
 
@@ -139,8 +137,7 @@ class Graphs:
     def __init__(self, model: MultiAdapterModel, sizes: Sizes | None = None) -> None:
         self.model, self.sizes = model, sizes or {}
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
-        self._sums: dict[nn.Parameter, Tensor] = {}
-        self._casts = ops.Casts()
+        self.sums, self._casts = ops.Sums(), ops.Casts()
         self._names: tuple[str, ...] = ()
         self._pool: Any = None
         self._broken = False
@@ -189,7 +186,7 @@ class Graphs:
         )
 
     @property
-    def lasting(self) -> ops.Casts | None:
+    def casts(self) -> ops.Casts | None:
         """Casts that last; None where layers are computed again: then their casts are as well, and take no memory."""
         return self._casts if self.model.recompute.what == "none" else None
 
@@ -197,7 +194,8 @@ class Graphs:
         self, names: Sequence[str], size: Size, inputs: Inputs
     ) -> tuple[list[Computed], list[nn.Parameter], list[Tensor]]:
         """Compute a step once, as a graph of it would, and return what `compute` does."""
-        with self.model.scope.casting(self.lasting):
+        self.sums.begin()
+        with self.model.scope.with_lasting(ops.Lasting(self.casts, self.sums)):
             return compute(self.model, names, size, inputs)
 
     def size_for(self, rows: Mapping[str, Sequence[Row]]) -> Size:
@@ -226,6 +224,7 @@ class Graphs:
         size = self.size_for(rows)
         inputs = prepare(self.model, rows, steps, weights, size)
         adapters = tuple(self.model.adapter_module(name) for name in rows)
+        self._take_back(rows)
         key = (size, adapters, tuple(adapter.method for adapter in adapters), *self.model.modes)
         recorded = self._recorded.get(key)
         if recorded is None:
@@ -236,15 +235,14 @@ class Graphs:
                 return None
             self._recorded[key] = recorded
         recorded.inputs.copy_(inputs)
-        sums = [(parameter, self._sums[parameter]) for parameter in recorded.tools.parameters]
-        kept = torch.tensor([parameter.grad is own for parameter, own in sums], dtype=torch.int32)
-        recorded.tools.kept.copy_(kept.pin_memory() if self.model.device.type == "cuda" else kept, non_blocking=True)
         recorded.replay()
+        sums = [(parameter, self.sums[parameter]) for parameter in recorded.tools.parameters]
+        before = [(parameter.grad, own) for parameter, own in sums if parameter.grad is not None]
+        if before:
+            torch._foreach_add_(*map(list, zip(*before, strict=True)))
         for parameter, own in sums:
             if parameter.grad is None:
-                parameter.grad = own  # lent: a further replay adds to it
-            elif parameter.grad is not own:
-                parameter.grad.add_(own)
+                parameter.grad = own  # lent until the next replay
         found = {}
         for name, computed in zip(rows, recorded.computed, strict=True):
             tokens = sum(len(row.input_ids) for row in rows[name])  # the filling lies behind them
@@ -252,10 +250,17 @@ class Graphs:
             found[name] = computed._replace(router_logits=logits)
         return found
 
+    def _take_back(self, names: Iterable[str]) -> None:
+        """Copy gradients of these adapters that were lent, before a replay writes others in their places."""
+        parameters = (p for name in names for _, p in self.model.adapter_parameters(name))
+        for parameter in parameters:
+            if parameter.grad is not None and parameter.grad is self.sums.get(parameter):
+                parameter.grad = parameter.grad.clone()
+
     def forget(self) -> None:
         """Give the memory of all graphs back."""
         self._recorded.clear()
-        self._sums, self._casts = {}, ops.Casts()
+        self.sums, self._casts = ops.Sums(), ops.Casts()
         self._pool = None
 
     def _record(self, names: list[str], size: Size, inputs: Inputs) -> _Recorded | None:
@@ -279,31 +284,27 @@ class Graphs:
     def _prepare(self, names: list[str], size: Size, inputs: Inputs) -> _Tools:
         """Run once, so that kernels are compiled and libraries set up, and make what a graph reads and may not hold."""
         _, parameters, gradients = self.compute(names, size, inputs)
-        for parameter in parameters:
-            if parameter not in self._sums:  # outside the graphs' memory, which graphs overwrite for each other
-                self._sums[parameter] = torch.empty_like(parameter)  # a fused optimizer wants one layout of both
-        torch._foreach_zero_(gradients)  # what an earlier size has left in the sums stays there
-        kept = torch.ones(len(parameters), dtype=torch.int32, device=self.model.device)
-        pairs = self._added(parameters, gradients)
-        casts = self._cast()
-        tools = _Tools(parameters, kept, ops.joint_copies(casts), ops.joint_copies(pairs, kept))
+        casts, sums = self._cast(), self._elsewhere(parameters, gradients)
+        tools = _Tools(parameters, ops.joint_copies(casts), ops.joint_copies(sums))
         tools.casts.launch(casts)
-        tools.sums.launch(pairs)
+        tools.sums.launch(sums)
         return tools
 
     def _cast(self) -> ops.Pairs:
-        return [] if self.lasting is None else self.lasting.pairs()
+        return [] if self.casts is None else self.casts.pairs()
 
-    def _added(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> ops.Pairs:
-        return [(gradient, self._sums[p]) for p, gradient in zip(parameters, gradients, strict=True)]
+    def _elsewhere(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> ops.Pairs:
+        """Return gradients that are not in their places, and these."""
+        pairs = [(gradient, self.sums[p]) for p, gradient in zip(parameters, gradients, strict=True)]
+        return [(gradient, own) for gradient, own in pairs if gradient.data_ptr() != own.data_ptr()]
 
     def _run(
         self, names: list[str], size: Size, inputs: Inputs, tools: _Tools
     ) -> tuple[list[Computed], list[Callable[[], None]]]:
-        """Compute, leave the gradients in their sums, and return what completes the copies once it is recorded."""
+        """Compute, leave the gradients in their places, and return what completes the copies once it is recorded."""
         first = tools.casts.launch(self._cast())
         computed, parameters, gradients = self.compute(names, size, inputs)
-        return computed, [first, tools.sums.launch(self._added(parameters, gradients))]
+        return computed, [first, tools.sums.launch(self._elsewhere(parameters, gradients))]
 
     def _capture(
         self, run: Callable[[], tuple[list[Computed], list[Callable[[], None]]]], inputs: Inputs

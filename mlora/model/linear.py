@@ -112,7 +112,7 @@ class AdaptedLinear(Wrapper):
             if own and all(i in own or not follower._holds(s.adapter) for i, s in enumerate(segments)):
                 layers.append(follower._layer(own, segments))
                 following.append(follower.site.path)
-        out, *others = fused.adapted_linears(x.flatten(0, -2), layers, self.scope.casts)
+        out, *others = fused.adapted_linears(x.flatten(0, -2), layers, self.scope.lasting)
         for path, other in zip(following, others, strict=True):
             self.scope.leave(path, x, other.view(*x.shape[:-1], -1))
         return out

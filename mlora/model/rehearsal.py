@@ -12,6 +12,7 @@ is said by a rule: a compiled one keeps what it reads and computes the rest agai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain
@@ -153,12 +154,12 @@ class Rehearsal:
         base = count.add(chain(self._frozen, self._scales))
         adapters = count.add(model.adapter_modules.parameters())
         graphs = Graphs(model, sizes)
+        graphs.sums = ops.Sums(count.empty)  # counted by the adapters, of all layers
         packed = Batch.pack([row for own in rows.values() for row in own], dict.fromkeys(rows, 0))
         with self._mode, ops.standing_for(self.device), count:
             recorded = cuda and graphs.suits(rows)
-            if recorded or accumulates:
-                lasting = [torch.empty_like(p) for p in trained]
-                adapters = count.now - base
+            lasting = [torch.empty_like(p) for p in trained * (recorded + accumulates)]
+            adapters = count.now - base
             if recorded:
                 size = graphs.size_for(rows)
                 graphs.compute(list(rows), size, Inputs.of_size(len(rows), size, device=model.device))
@@ -171,16 +172,20 @@ class Rehearsal:
             parameter.grad = None
         kept = count.kept - base - adapters
         rest = count.peak - count.kept + (WORKSPACE_BYTES if cuda else 0)
-        left_out = 0 if accumulates and not recorded else self._bytes_above(rows, layers)
-        if recorded and graphs.lasting is not None:  # which are half of what they are made of
-            left_out += left_out // 2
+        above = sum(p.nbytes for p in self._trained(rows, layers, math.inf))
+        left_out = 0 if accumulates else above
+        if recorded:  # gradients of the layers above lie in places of their own as those of the others do
+            made = self._trained(rows, 0, layers)
+            elsewhere = sum(p.nbytes for p in made if graphs.sums.get(p) is None)
+            left_out = above * elsewhere // max(1, sum(p.nbytes for p in made))
+            left_out += above // 2 if graphs.casts is not None else 0  # half of what they are made of
         return _Taken(base, adapters, kept, rest, left_out)
 
-    def _bytes_above(self, rows: Mapping[str, Sequence[Row]], layers: int) -> int:
-        """Return the bytes of what is trained in the layers from this number on."""
+    def _trained(self, rows: Mapping[str, Sequence[Row]], first: int, stop: float) -> list[Tensor]:
+        """Return what is trained in these layers."""
         adapters = [self.model.adapter_module(name) for name in rows]
-        above = ((a, path) for a in adapters for path, layer in a.layers.items() if layer >= layers)
-        return sum(p.nbytes for a, path in above for p in a.tensors[path].values() if p.requires_grad)
+        inside = ((a, path) for a in adapters for path, layer in a.layers.items() if first <= layer < stop)
+        return [p for a, path in inside for p in a.tensors[path].values() if p.requires_grad]
 
     @cached_property
     def _layers_are_alike(self) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mlora.adapters import Segment
 
 if TYPE_CHECKING:
-    from mlora.ops import Casts
+    from mlora.ops import Lasting
 
 
 def apart(x: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
@@ -66,13 +66,13 @@ class Scope:
         default: adapter of all tokens where there is none.
         observe: called with every batch that has gone through.
         kept: what layers have made of adapters; None where these may change.
-        casts: of the adapters' matrices; None where each operation casts its own.
+        lasting: casts of matrices and places of gradients; None where no step is to be recorded.
         ready: outputs that layers have left for others, with the input that they are of.
     """
 
     def __init__(self) -> None:
         self.kept: dict[Hashable, Any] | None = None
-        self.casts: Casts | None = None
+        self.lasting: Lasting | None = None
         self.ready: dict[str, tuple[Tensor, Tensor]] = {}
         self.flight: Flight | None = None
         self.default: str | None = None
@@ -117,13 +117,13 @@ class Scope:
             self.kept = None
 
     @contextmanager
-    def casting(self, casts: Casts | None) -> Iterator[None]:
-        """Let kernels take casts of matrices from here inside the `with` block."""
-        self.casts = casts
+    def with_lasting(self, lasting: Lasting) -> Iterator[None]:
+        """Let kernels take casts of matrices and places of gradients from here inside the `with` block."""
+        self.lasting = lasting
         try:
             yield
         finally:
-            self.casts = None
+            self.lasting = None
 
     @contextmanager
     def use(self, flight: Flight) -> Iterator[None]:

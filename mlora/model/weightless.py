@@ -34,7 +34,7 @@ class Count(TorchDispatchMode):
     def __init__(self, block: int) -> None:
         super().__init__()
         self.now = self.peak = self.kept = 0
-        self._block, self._turned = block, False
+        self._block, self._turned, self._ignores = block, False, False
         self._live: dict[int, weakref.ref[Any]] = {}
 
     def add(self, tensors: Iterable[Tensor]) -> int:
@@ -44,11 +44,19 @@ class Count(TorchDispatchMode):
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._live:
-                size = -(-storage.nbytes() // self._block) * self._block
+                size = 0 if self._ignores else -(-storage.nbytes() // self._block) * self._block
                 self._live[key] = weakref.ref(storage, partial(self._drop, key, size))
                 self.now += size
         self.peak = max(self.peak, self.now)
         return self.now - before
+
+    def empty(self, *shape: Any, **how: Any) -> Tensor:
+        """Return a tensor as `torch.empty` does which is not counted."""
+        self._ignores = True
+        try:
+            return torch.empty(*shape, **how)
+        finally:
+            self._ignores = False
 
     def _drop(self, key: int, size: int, _: object) -> None:
         del self._live[key]

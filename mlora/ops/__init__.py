@@ -8,7 +8,7 @@ from typing import Any
 _HOME = {
     "dora": ("dora_norm", "frozen_weight", "squared_row_norms"),
     "backend": ("device_type", "dropout", "fused_available", "standing_for"),
-    "copies": ("Casts", "Copies", "Pairs", "joint_copies"),
+    "copies": ("Casts", "Copies", "Lasting", "Pairs", "Sums", "joint_copies"),
     "cudnn": ("ragged_attention",),
     "loss": ("token_losses",),
     "lowrank": (

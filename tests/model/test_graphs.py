@@ -11,6 +11,7 @@ from mlora.config import JobConfig
 from mlora.data import Sample
 from mlora.model import attention, graphs, inputs, sizes
 from mlora.model.batch import IGNORED, Batch, Row
+from mlora.model.recompute import Recompute
 from mlora.training import trainer
 from mlora.training.job import Job
 from tests.families import VOCABULARY, awaken, multi
@@ -117,29 +118,40 @@ class Rerun(graphs.Graphs):
         return replay, inputs, kept
 
 
-def test_matrices_cast_at_the_start_of_a_step_follow_their_parameters(monkeypatch) -> None:
-    """In kernels, interpreted: two steps of a mixture in float16, its parameters changed in between."""
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize(("variant", "casts"), [("mixlora", 10), ("lora", 10), ("dora", 11)])
+def test_casts_follow_their_parameters_and_gradients_are_in_place(
+    variant: str, casts: int, recompute: str, monkeypatch
+) -> None:
+    """In kernels, interpreted: steps of two micro-batches in float16, parameters changed in between."""
     pytest.importorskip("triton")
     model = multi("llama", layers=1).to(DEVICE)
     monkeypatch.setattr(ops, "fused_available", lambda x: True)
     monkeypatch.setattr(attention, "_varlen", by_offsets)
     model.hf_model.to(torch.float16)
     for name in "xy":
-        model.add_adapter(name, VARIANTS["mixlora"])
+        model.add_adapter(name, VARIANTS[variant])
     awaken(model)
     model.train()
+    model.recompute = Recompute(recompute)
     recorded, weights = Rerun(model), dict.fromkeys("xy", inputs.Weights(0.05, 0.7))
     for step in range(2):
-        rows = {name: draw_rows(name, 4, ord(name) + step) for name in "xy"}
-        steps = dict.fromkeys(rows, step)
-        ordinary(model, rows, steps, weights)
-        gradients = collect(model, rows)
-        assert recorded.losses_and_gradients(rows, steps, weights) is not None
-        assert_close(collect(model, rows), gradients, 1e-2)
-        for name in rows:
+        steps = dict.fromkeys("xy", step)
+        parts = [{name: draw_rows(name, 4, ord(name) + step + n) for name in "xy"} for n in (0, 5)]
+        for rows in parts:
+            ordinary(model, rows, steps, weights)
+        gradients = collect(model, "xy")
+        for rows in parts:
+            assert recorded.losses_and_gradients(rows, steps, weights) is not None
+        assert_close(collect(model, "xy"), gradients, 1e-2)
+        for name in "xy":
             for _, parameter in model.adapter_parameters(name):
                 parameter.data.mul_(1.5)
-    assert len(recorded._casts._made) == 14  # A and B of every layer, of both adapters at once
+    assert len(recorded._casts._made) == (
+        casts if recompute == "none" else 0
+    )  # of every layer and both adapters at once
+    stacks = {key[0].shape: len(key) for key in recorded.sums._stacks}
+    assert max(stacks.values()) == 6  # queries, keys and values of both
 
 
 def left(computed):

@@ -58,8 +58,7 @@ def copies() -> None:
     sources = (torch.zeros(3, 40), torch.zeros(40, 16).mT, torch.zeros(40, 48)[:, :16], torch.zeros(8, 8)[:, ::2])
     for dtype in (torch.float32, torch.bfloat16):
         pairs = [(source, torch.zeros(source.shape, dtype=dtype)) for source in sources]
-        for keep in (None, torch.zeros(len(pairs), dtype=torch.int32)):
-            fused.FusedCopies(pairs, keep).launch(pairs)
+        fused.FusedCopies(pairs).launch(pairs)
 
 
 def rotary(dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Matrices copied together are what each is alone: cast, turned, added; on the CPU in Triton's interpreter."""
+"""Matrices copied together are what each is alone, cast or turned; on the CPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -48,21 +48,6 @@ def test_copies_equal_those_of_torch(dtype: torch.dtype) -> None:
         assert torch.equal(target, source.to(dtype)), name
 
 
-def test_kept_targets_are_added_to() -> None:
-    sources = [make() for make in SOURCES.values()]
-    before = [draw(*source.shape) for source in sources]
-    targets = [own.clone() for own in before]
-    keep = torch.zeros(len(sources), dtype=torch.int32, device=DEVICE)
-    pairs = list(zip(sources, targets, strict=True))
-    elsewhere = [(torch.empty_strided(s.shape, s.stride(), device=DEVICE), t.clone()) for s, t in pairs]
-    copies = ops.joint_copies(elsewhere, keep)
-    targets[0].fill_(torch.nan)  # what is not kept may be anything
-    keep[1::2] = 1
-    copies.launch(pairs)
-    for number, (source, own, target) in enumerate(zip(sources, before, targets, strict=True)):
-        assert torch.equal(target, source + own if number % 2 else source)
-
-
 def test_a_target_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3\) cannot be copied onto \(3, 2\)"):
         ops.joint_copies([(draw(2, 3), draw(3, 2))])
@@ -74,7 +59,7 @@ def test_a_recorded_launch_copies_what_it_is_told_of_afterwards(monkeypatch, ker
     targets = [torch.zeros(source.shape, device=DEVICE) for source in sources]
     pairs = list(zip(sources, targets, strict=True))
     elsewhere = [(torch.empty_strided(s.shape, s.stride(), device=DEVICE), t.clone()) for s, t in pairs]
-    copies = fused.FusedCopies(elsewhere, None)
+    copies = fused.FusedCopies(elsewhere)
     monkeypatch.setattr(fused.copies, "_recording", lambda x: True)
     complete = copies.launch(pairs)
     assert not any(target.any() for target in targets)
@@ -103,3 +88,19 @@ def test_casts_follow_their_parameters() -> None:
     narrow(computed, torch.float16, casts)
     computed[0].data.zero_()
     assert not narrow(computed, torch.float16, casts).any()
+
+
+def test_a_place_is_taken_once_a_step_and_by_one_stack() -> None:
+    """Whoever asks for it again, or for some of a stack, gets none: what it computes is added up elsewhere."""
+    sums = ops.Sums()
+    one, two, other = (torch.nn.Parameter(draw(3, 4)) for _ in range(3))
+    taken = sums.take([one, two])
+    assert taken is not None and taken.shape == (2, 3, 4)
+    assert sums.take([two]) is None and sums.take([other, None]) is None
+    assert sums.take([torch.nn.Parameter(draw(4, 3).mT)]) is None  # an optimizer wants one layout of both
+    assert sums.take([torch.nn.Parameter(draw(2)), torch.nn.Parameter(draw(3))]) is None
+    sums.begin()
+    assert sums.take([two, one]) is None and sums.take([one, two]) is taken
+    taken[1].fill_(5)
+    assert torch.equal(sums[two], taken[1]) and sums.get(other) is None
+    assert sums[other].shape == other.shape and sums.get(other) is sums[other]

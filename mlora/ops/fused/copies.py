@@ -1,6 +1,6 @@
-"""Hundreds of matrices copied in two or three launches: cast, turned, or added to what they are copied onto.
+"""Hundreds of matrices copied in two or three launches, cast or turned.
 
-A step casts every matrix of every adapter and adds up as many gradients. Tables say where each matrix lies and which
+A step casts every matrix of every adapter, and turns gradients of experts. Tables say where each matrix lies and which
 tile of which matrix a program copies.
 """
 
@@ -24,13 +24,13 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 @triton.jit
 def _copy(
-    places, forms, owners, keep, SOURCE: tl.constexpr, TARGET: tl.constexpr, ROW_STEP: tl.constexpr,
-    COLUMN_STEP: tl.constexpr, KEEP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    places, forms, owners, SOURCE: tl.constexpr, TARGET: tl.constexpr, ROW_STEP: tl.constexpr,
+    COLUMN_STEP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.load(owners + tl.program_id(0)).to(tl.int64)
     source = tl.load(places + 2 * matrix).to(tl.pointer_type(SOURCE))
     target = tl.load(places + 2 * matrix + 1).to(tl.pointer_type(TARGET))
-    form = forms + 6 * matrix
+    form = forms + 5 * matrix
     rows, columns = tl.load(form), tl.load(form + 1)
     row_step, column_step = ROW_STEP, COLUMN_STEP
     if ROW_STEP == 0:
@@ -42,12 +42,8 @@ def _copy(
     r = (tile // across) * BR + tl.arange(0, BR)
     c = (tile % across) * BC + tl.arange(0, BC)
     both = (r < rows)[:, None] & (c < columns)[None, :]
-    value = tl.load(source + r[:, None] * row_step + c[None, :] * column_step, mask=both, other=0.0).to(tl.float32)
-    place = target + r[:, None] * columns + c[None, :]
-    if KEEP:
-        kept = rows * tl.load(keep + tl.load(form + 5))
-        value += tl.load(place, mask=both & (r < kept)[:, None], other=0.0).to(tl.float32)
-    tl.store(place, value.to(TARGET), mask=both)
+    value = tl.load(source + r[:, None] * row_step + c[None, :] * column_step, mask=both, other=0.0)
+    tl.store(target + r[:, None] * columns + c[None, :], value.to(TARGET), mask=both)
 
 
 class _Kind(NamedTuple):
@@ -71,7 +67,7 @@ class _Tables(NamedTuple):
 
     Attributes:
         places: [m, 2] addresses of source and target.
-        forms: [m, 6] rows, columns, the source's steps, the first tile, the number of the pair.
+        forms: [m, 5] rows, columns, the source's steps, the first tile.
         owners: [tiles] the matrix of each.
     """
 
@@ -83,8 +79,8 @@ class _Tables(NamedTuple):
 class FusedCopies:
     """`ops.Copies` by tables, which a graph's own memory could not hold: its kernels write there before and after."""
 
-    def __init__(self, pairs: Pairs, keep: Tensor | None) -> None:
-        self._keep, self._host = keep, _tables(pairs)
+    def __init__(self, pairs: Pairs) -> None:
+        self._host = _tables(pairs)
         device = pairs[0][1].device
         self._tables = {kind: _Tables(*(t.to(device) for t in own)) for kind, own in self._host.items()}
 
@@ -104,8 +100,7 @@ class FusedCopies:
             write()
         for kind, tables in self._tables.items():
             _copy[(len(tables.owners),)](
-                *tables, tables.forms if self._keep is None else self._keep, _TYPES[kind.source],
-                _TYPES[kind.target], kind.row_step, kind.column_step, self._keep is not None, kind.tile_rows,
+                *tables, _TYPES[kind.source], _TYPES[kind.target], kind.row_step, kind.column_step, kind.tile_rows,
                 ELEMENTS // kind.tile_rows,
             )  # fmt: skip
         return write if recorded else lambda: None
@@ -118,15 +113,15 @@ def _recording(x: Tensor) -> bool:
 def _tables(pairs: Pairs) -> dict[_Kind, _Tables]:
     """Return the tables of each launch, on the host."""
     found: dict[_Kind, list[tuple[int, ...]]] = defaultdict(list)
-    for number, (source, target) in enumerate(pairs):
+    for source, target in pairs:
         for kind, *matrix in _matrices(source, target):
-            found[kind].append((*matrix, number))
+            found[kind].append(tuple(matrix))
     made = {}
     for kind, matrices in found.items():
         every = torch.tensor(matrices, dtype=torch.int64)
         rows, columns = every[:, 2], every[:, 3]
         tiles = -(-rows // kind.tile_rows) * -(-columns // (ELEMENTS // kind.tile_rows))
-        forms = torch.cat([every[:, 2:6], (tiles.cumsum(0) - tiles)[:, None], every[:, 6:]], 1)
+        forms = torch.cat([every[:, 2:], (tiles.cumsum(0) - tiles)[:, None]], 1)
         owners = torch.arange(len(every), dtype=torch.int32).repeat_interleave(tiles)
         made[kind] = _Tables(every[:, :2].contiguous(), forms, owners)
     return made

@@ -129,13 +129,23 @@ def reduced(x: Tensor, matrices: Tensor, dropouts: Sequence[Dropout | None], sca
     return codes
 
 
-def gradients_of_a(codes: Tensor, x: Tensor, dropouts: Sequence[Dropout | None], groups: int) -> Tensor:
-    """Return c_l^T d_l(x) [L, G, R, F] float32, from codes [L, N, R] and x [N, F]."""
-    found = [
-        summed_products(codes[layers].view(*read.shape[:2], -1), read).unflatten(0, (-1, groups))
-        for layers, read in _read(x, dropouts, groups)
-    ]
-    return found[0] if len(found) == 1 else torch.cat(found)
+def gradients_of_a(
+    codes: Tensor, x: Tensor, dropouts: Sequence[Dropout | None], groups: int, out: Tensor | None = None
+) -> Tensor:
+    """Return c_l^T d_l(x) [L, G, R, F] float32, from codes [L, N, R] and x [N, F].
+
+    Args:
+        codes: c_l.
+        x: [N, F].
+        dropouts: of each layer.
+        groups: G.
+        out: of as many numbers, where they are written; None for anywhere.
+    """
+    form = len(codes), groups, codes.shape[2], x.shape[1]
+    out = x.new_empty(form, dtype=torch.float32) if out is None else out.view(form)
+    for layers, read in _read(x, dropouts, groups):
+        summed_products(codes[layers].view(*read.shape[:2], -1), read, out=out[layers].flatten(0, 1))
+    return out
 
 
 def _read(x: Tensor, dropouts: Sequence[Dropout | None], groups: int) -> Iterator[tuple[slice, Tensor]]:

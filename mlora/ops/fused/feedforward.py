@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from mlora.ops.copies import Casts
+from mlora.ops.copies import Lasting, leaves, place
 from mlora.ops.dora import frozen_weight
 from mlora.ops.fused.choices import Choices
 from mlora.ops.fused.dropped import add_expanded, gradients_of_a, reduced
@@ -95,12 +95,15 @@ class _Layers(NamedTuple):
     Attributes:
         a, b: of every part, layer by layer.
         narrow, wide: the same as [L, G, E r, F], of the dtype that products run in.
+        of_a, of_b: where their gradients are written; None for anywhere.
     """
 
     a: list[Tensor]
     b: list[Tensor]
     narrow: Tensor
     wide: Tensor
+    of_a: Tensor | None
+    of_b: Tensor | None
 
     def parts(self, of: list[Tensor]) -> list[list[Tensor]]:
         """Return what belongs to each layer."""
@@ -126,7 +129,7 @@ class _Stacks(NamedTuple):
     @property
     def matrices(self) -> list[Tensor | None]:
         """Narrow and wide of both: four."""
-        return [m for own in (self.first, self.down) for m in ((None, None) if own is None else own[2:])]
+        return [m for own in (self.first, self.down) for m in ((None, None) if own is None else own[2:4])]
 
 
 class _Kept(NamedTuple):
@@ -169,9 +172,10 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, casts: Casts | None, layers: Sequence[nn.Module], parts: Sequence[Part], *tensors: Any
+        ctx: Any, x: Tensor, lasting: Lasting | None, layers: Sequence[nn.Module], parts: Sequence[Part], *tensors: Any
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
+        ctx.lasting, ctx.leaves = lasting, leaves(tensors)  # recomputed layers are given copies of parameters
         owned = _owned(tensors)
         groups = list(_groups(parts, owned))
         routers = [_routers(owned[group.members]) for group in groups]
@@ -180,7 +184,7 @@ class _FeedForward(torch.autograd.Function):
             for group, own in zip(groups, routers, strict=True)
         ]
         stacks = [
-            _stacked(group, owned, x.dtype, None if own is None else own[1:], casts=casts)
+            _stacked(group, owned, x.dtype, None if own is None else own[1:], lasting)
             for group, own in zip(groups, routes, strict=True)
         ]
         of_first: tuple[list[Addend], list[Addend]] = ([], [])
@@ -222,7 +226,7 @@ class _FeedForward(torch.autograd.Function):
             grad = x.new_zeros(len(x), len(frozen_weight(ctx.layers[2])))
         size = len(_Kept._fields)
         every = [_Kept(*rest[size * i : size * (i + 1)]) for i in range(len(ctx.groups))]
-        owned = _owned(rest[size * len(ctx.groups) :])
+        owned, parameters = _owned(rest[size * len(ctx.groups) :]), _owned(ctx.leaves)
         grad = grad.contiguous()
         first, second, third = (frozen_weight(layer).to(grad.dtype) for layer in ctx.layers)
         hidden_grad = grad @ third
@@ -230,7 +234,8 @@ class _FeedForward(torch.autograd.Function):
         grads = hidden_grad.new_empty((2, kinds, *hidden_grad.shape))
         of_experts, of_weights, codes = [], [], []
         for group, kept in zip(ctx.groups, every, strict=True):
-            own, t = _stacked(group, owned, grad.dtype, kept.chosen, kept.matrices), group.tokens
+            t, of = group.tokens, (kept.matrices, parameters)
+            own = _stacked(group, owned, grad.dtype, kept.chosen, ctx.lasting, of)
             middle = _middle(group, own, gate, up, kept.gate_more, kept.up_more)
             down_grad, of_down_b = _of_down(group, own, kept.down_codes, grad[t])
             by_updates = weighted = None
@@ -240,7 +245,9 @@ class _FeedForward(torch.autograd.Function):
             found = gated_grad(middle, hidden_grad[t], by_updates, grads[:, :, t])
             of_down_a = _none(group)
             if own.down is not None and weighted is not None and found.kept is not None:
-                summed = summed_products(apart(weighted, _count(group)), found.kept.flatten(1, 2))
+                read = found.kept.flatten(1, 2)
+                out = None if own.down.of_a is None else own.down.of_a.flatten(1, -2)
+                summed = summed_products(apart(weighted, _count(group)), read, out=out)
                 of_down_a = of_each_a(summed, own.down.a)
             of_first, of_codes = _of_first(group, own, x[t], kept.codes, grads[:, :, t])
             of_experts.append((*of_first, of_down_a, of_down_b))
@@ -286,9 +293,10 @@ def _of_first(
     if own.first is None or codes is None:
         return found, None
     parts = _apart(codes, own.choices)
-    of_parts, of_wide = _of_layers(grads[own.where, : parts.shape[1]], parts, own.first.wide, group.form.scaling)
+    given = grads[own.where, : parts.shape[1]]
+    of_parts, of_wide = _of_layers(given, parts, own.first.wide, group.form.scaling, own.first.of_b)
     of_codes = of_parts[:, 0] if own.choices is None else own.choices.join(of_parts)
-    of_narrow = gradients_of_a(of_codes, x, group.dropouts[own.where], _count(group))
+    of_narrow = gradients_of_a(of_codes, x, group.dropouts[own.where], _count(group), own.first.of_a)
     each = zip(own.first.parts(own.first.a), own.first.parts(own.first.b), of_narrow, of_wide, strict=True)
     found[2 * own.where.start : 2 * own.where.stop] = [
         gradients for a, b, of_a, of_b in each for gradients in (of_each_a(of_a, a), of_each_b(of_b, b))
@@ -296,7 +304,9 @@ def _of_first(
     return found, of_codes
 
 
-def _of_layers(grads: Tensor, parts: Tensor, wide: Tensor, scale: float) -> tuple[Tensor, Sequence[Tensor]]:
+def _of_layers(
+    grads: Tensor, parts: Tensor, wide: Tensor, scale: float, out: Tensor | None
+) -> tuple[Tensor, Sequence[Tensor]]:
     """Return the gradients of parts of codes [L, k, N, E r], and of each layer's B [G, I, E r] float32.
 
     Args:
@@ -304,13 +314,15 @@ def _of_layers(grads: Tensor, parts: Tensor, wide: Tensor, scale: float) -> tupl
         parts: [L, k, N, E r].
         wide: B [L, G, E r, I].
         scale: of what reaches the codes.
+        out: [L G, I, E r], where the latter may be written.
     """
     (layers, kinds, tokens, _), groups = grads.shape, wide.shape[1]
     of_parts = parts.new_empty(parts.shape)
     if grads.is_contiguous() and 1 in (groups, kinds):  # one launch for all
         form = layers * groups, kinds * tokens // groups, -1
         product(grads.view(form), wide.flatten(0, 1).mT, scale, of_parts.view(form))
-        return of_parts, summed_products(grads.view(form), parts.reshape(form)).unflatten(0, (layers, groups)).unbind()
+        every = summed_products(grads.view(form), parts.reshape(form), out=out)
+        return of_parts, every.unflatten(0, (layers, groups)).unbind()
     of_wide = []
     for layer in range(layers):
         summed = None
@@ -330,7 +342,7 @@ def _of_down(
         return None, _none(group)
     given = apart(grad, _count(group))
     down_grad = product(given, own.down.wide[0].mT, group.form.scaling).flatten(0, 1)
-    return down_grad, of_each_b(summed_products(given, apart(codes, _count(group))), own.down.b)
+    return down_grad, of_each_b(summed_products(given, apart(codes, _count(group)), out=own.down.of_b), own.down.b)
 
 
 def _middle(
@@ -370,27 +382,40 @@ def _groups(parts: Sequence[Part], owned: Sequence[Own]) -> Iterator[_Group]:
 
 def _stacked(
     group: _Group, owned: Sequence[Own], dtype: torch.dtype, chosen: tuple[Tensor, Tensor] | None,
-    matrices: Sequence[Any] | None = None, casts: Casts | None = None,
+    lasting: Lasting | None, backward: tuple[Sequence[Tensor | None], Sequence[Any]] | None = None,
 ) -> _Stacks:  # fmt: skip
-    """Return the tensors of a group; the matrices are made where they were not kept."""
-    columns: list[Any] = [
-        None if tensors[0] is None else list(tensors) for tensors in zip(*owned[group.members], strict=True)
-    ]
-    where = slice(int(columns[0] is None), 1 + int(columns[2] is not None))
+    """Return the tensors of a group.
 
-    def layers(a: Sequence[list[Tensor]], b: Sequence[list[Tensor]], made: Sequence[Any] | None) -> _Layers | None:
-        if not a:
+    Args:
+        group: of adapters.
+        owned: what all parts own.
+        dtype: that products run in.
+        chosen: weights and experts of its tokens.
+        lasting: casts and places of gradients.
+        backward: the matrices that were made, and which of `owned` are parameters; None in a forward.
+    """
+    columns: list[tuple[Any, ...]] = list(zip(*owned[group.members], strict=True))
+
+    def layers(kinds: Sequence[int], made: Sequence[Any] | None) -> _Layers | None:
+        """Return those of A's and the B's that follow them."""
+        present = [i for i in kinds if columns[i][0] is not None]
+        if not present:
             return None
-        a_of, b_of = list(chain(*a)), list(chain(*b))
-        if made is None:
-            both = narrow(a_of, dtype, casts), wide(b_of, dtype, casts)
-            made = [stack.unflatten(0, (len(a), _count(group))) for stack in both]
-        return _Layers(a_of, b_of, *made)
+        a, b = ([t for i in present for t in columns[i + own]] for own in (0, 1))
+        if made is None or backward is None:
+            casts = None if lasting is None else lasting.casts
+            less, more = narrow(a, dtype, casts), wide(b, dtype, casts)
+            form = len(present), _count(group)
+            return _Layers(a, b, less.unflatten(0, form), more.unflatten(0, form), None, None)
+        parameters = list(zip(*backward[1][group.members], strict=True))
+        of_a, of_b = ([p for i in present for p in parameters[i + own]] for own in (0, 1))
+        less, more = made
+        return _Layers(a, b, less, more, place(lasting, of_a), place(lasting, of_b) if b[0].ndim == 2 else None)
 
-    first = layers(columns[0:4:2][where], columns[1:4:2][where], matrices and matrices[:2])
-    down = layers(columns[4:5] if columns[4] else [], columns[5:6], matrices and matrices[2:])
+    where = slice(int(columns[0][0] is None), 1 + int(columns[2][0] is not None))
+    made = None if backward is None else backward[0]
     choices = None if chosen is None else Choices(*chosen, group.form.rank, _count(group))
-    return _Stacks(where, first, down, choices)
+    return _Stacks(where, layers((0, 2), made and made[:2]), layers((4,), made and made[2:]), choices)
 
 
 def _routers(owned: Sequence[Own]) -> Tensor | None:
@@ -442,7 +467,7 @@ def block_part(
 
 
 def feed_forward(
-    x: Tensor, layers: Sequence[nn.Module], parts: Sequence[Part], owned: Sequence[Own], casts: Casts | None = None
+    x: Tensor, layers: Sequence[nn.Module], parts: Sequence[Part], owned: Sequence[Own], lasting: Lasting | None = None
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the block's output [n, D], and of each part its router's logits [n, E] float32; None without a router.
 
@@ -451,8 +476,8 @@ def feed_forward(
         layers: the frozen gate, up and down projections; the last without bias.
         parts: of every adapter, in order, without gaps.
         owned: the tensors of each part: A and B plain or [E, ...], a router [E, D].
-        casts: of the step; None for casting here.
+        lasting: casts and places of gradients; None for its own.
     """
     tensors = (tensor for own in owned for tensor in own)
-    out, *found = _FeedForward.apply(unit_stride(x), casts, layers, parts, *tensors)
+    out, *found = _FeedForward.apply(unit_stride(x), lasting, layers, parts, *tensors)
     return out, [None if own.router is None else found.pop(0) for own in owned]

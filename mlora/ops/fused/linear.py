@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from mlora.ops.copies import Casts
+from mlora.ops.copies import Lasting, leaves, place
 from mlora.ops.dora import frozen_weight
 from mlora.ops.fused.dropped import MOST_LAYERS, add_expanded, gradients_of_a, reduced
 from mlora.ops.fused.groups import dropout_form, form_of, grouped, joined, joined_dropout
@@ -119,8 +119,10 @@ class _AdaptedLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, casts: Casts | None, layers: Sequence[tuple[nn.Module, Sequence[Part]]], *tensors: Any
+        ctx: Any, x: Tensor, lasting: Lasting | None, layers: Sequence[tuple[nn.Module, Sequence[Part]]], *tensors: Any
     ) -> tuple[Tensor, ...]:
+        casts = None if lasting is None else lasting.casts
+        ctx.lasting, ctx.leaves = lasting, leaves(tensors)  # recomputed layers are given copies of parameters
         owned, stop = _owned(tensors), 0
         ctx.plans = []
         for frozen, parts in layers:
@@ -158,6 +160,7 @@ class _AdaptedLinears(torch.autograd.Function):
         stacks, kept, unscaled = (list(islice(each, n)) for n in (len(ctx.bundles), 2 * count, count))
         owned = _owned(list(each))
         every = _members(ctx.plans, owned)
+        parameters: list[Sequence[Any]] = [own for _, own in _members(ctx.plans, _owned(ctx.leaves))]
         of_codes, slots = [], dict[int, Tensor]()
         for bundle, stack in zip(ctx.bundles, stacks, strict=True):
             tokens = bundle.tokens.stop - bundle.tokens.start
@@ -180,11 +183,13 @@ class _AdaptedLinears(torch.autograd.Function):
                 of_weights = _gradients_of_weights(slots[i], codes, own)
                 if own[0].weights is not None:
                     slots[i].copy_(_weighted(slots[i], own, group.scaling))
-                summed = summed_products(of_out, apart(_weighted(codes, own), len(own)))
+                out = place(ctx.lasting, [t.b for t in parameters[i]]) if own[0].b.ndim == 2 else None
+                summed = summed_products(of_out, apart(_weighted(codes, own), len(own)), out=out)
                 found.append([of_each_b(summed, [t.b for t in own]), of_weights, factors[group.members]])
         of_a = dict[int, list[Tensor]]()
         for bundle, codes, stack in zip(ctx.bundles, of_codes, stacks, strict=True):
-            summed = gradients_of_a(codes, x[bundle.tokens], bundle.dropouts, stack.shape[1])
+            out = place(ctx.lasting, [t.a for i in bundle.members for t in parameters[i]])
+            summed = gradients_of_a(codes, x[bundle.tokens], bundle.dropouts, stack.shape[1], out)
             for i, own in zip(bundle.members, summed, strict=True):
                 of_a[i] = of_each_a(own, [t.a for t in every[i][1]])
             if dx is not None:
@@ -302,13 +307,13 @@ def _gradients_of_factors(
     return grad, found
 
 
-def adapted_linears(x: Tensor, layers: Sequence[Layer], casts: Casts | None = None) -> tuple[Tensor, ...]:
+def adapted_linears(x: Tensor, layers: Sequence[Layer], lasting: Lasting | None = None) -> tuple[Tensor, ...]:
     """Return the outputs [n, O] of frozen layers with updates, which all read x [n, D].
 
     Args:
         x: [n, D].
         layers: that read it.
-        casts: of the step; None for casting here.
+        lasting: casts and places of gradients; None for its own.
     """
     tensors = (tensor for layer in layers for own in layer.tensors for tensor in own)
-    return _AdaptedLinears.apply(unit_stride(x), casts, [(layer.frozen, layer.parts) for layer in layers], *tensors)
+    return _AdaptedLinears.apply(unit_stride(x), lasting, [(layer.frozen, layer.parts) for layer in layers], *tensors)

@@ -172,8 +172,14 @@ def of_each_a(summed: Tensor, stack: Sequence[Tensor]) -> list[Tensor]:
     return [own.view(a.shape) for own, a in zip(summed, stack, strict=True)]
 
 
-def summed_products(left: Tensor, right: Tensor, onto: Tensor | None = None) -> Tensor:
-    """Return l^T r [B, P, Q], float32, from l [B, n, P] and r [B, n, Q]; added to what is given."""
+def summed_products(left: Tensor, right: Tensor, onto: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Return l^T r [B, P, Q], float32, from l [B, n, P] and r [B, n, Q].
+
+    Args:
+        left, right: l and r.
+        onto: what they are added to, in another tensor.
+        out: where they are written.
+    """
     if left.dtype == torch.float32 or device_type(left) != "cuda":
         left, right = left.float(), right.float()
     if onto is not None and not has_data(left):  # torch 2.11 knows no form of a product of this dtype added to another
@@ -181,9 +187,11 @@ def summed_products(left: Tensor, right: Tensor, onto: Tensor | None = None) -> 
     dtype = () if left.dtype == torch.float32 else (torch.float32,)
     left = left.mT
     if len(left) > 1:
-        return torch.bmm(left, right, *dtype) if onto is None else torch.baddbmm(onto, left, right, *dtype)
+        return torch.bmm(left, right, *dtype, out=out) if onto is None else torch.baddbmm(onto, left, right, *dtype)
     one = left[0], right[0], *dtype
-    return (torch.mm(*one) if onto is None else torch.addmm(onto[0], *one))[None]
+    if onto is not None:
+        return torch.addmm(onto[0], *one)[None]
+    return torch.mm(*one, out=None if out is None else out[0])[None]
 
 
 def rescale(out: Tensor, factors: Tensor, scaled: Tensor) -> None:
