@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 from collections.abc import Sequence
 
 import torch
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.work import DROPOUT, METHODS, SHAPES, WARM, Clock, Work, norms, row
+from benchmarks.work import DROPOUT, METHODS, SHAPES, WARM, Clock, Work, row
 from mlora import Batch, MultiAdapterModel
 from mlora.config import JobConfig, parse_adapter
 from mlora.model.attention import PACKED
@@ -28,6 +29,7 @@ from mlora.model.inputs import Weights
 from mlora.model.load import Origin
 from mlora.model.recompute import WHATS, Recompute
 from mlora.training.job import build_optimizer
+from mlora.training.update import Updates
 
 
 def build(shape: str, device: str, dtype: str | None = None) -> MultiAdapterModel:
@@ -76,7 +78,7 @@ def measure(
     model: MultiAdapterModel, shape: str, work: Work, steps: int, profiled: int = 0, graphs: Graphs | None = None
 ) -> dict:
     """Time steps of a work; print the kernels that took longest in a further one."""
-    optimizers = equip(model, work.methods)
+    optimizers, updates = equip(model, work.methods), Updates()
     clock = Clock(model.device.type)
     profiler = torch.profiler.profile()
     vocabulary = SHAPES[shape].settings["vocab_size"]
@@ -89,11 +91,9 @@ def measure(
             rows[name] = [Row(t, t, name, index) for index, t in enumerate(tokens)]
         clock.begin()
         gradients(model, graphs, rows, number, clock)
-        for optimizer in optimizers.values():
-            optimizer.step()
+        found = updates.step([*optimizers.values()], [None] * len(optimizers))
         clock.mark("optimizer")
         clock.end()
-        found = norms(p for name in optimizers for _, p in model.adapter_parameters(name))
         for optimizer in optimizers.values():
             optimizer.zero_grad()
     if profiled:
@@ -103,7 +103,7 @@ def measure(
         print(profiler.key_averages().table(sort_by=by, row_limit=profiled, max_name_column_width=60))
     how = {"recompute": model.recompute.what, "compiled": model.compiled, "graphs": graphs is not None}
     how["parameters"] = sum(model.num_parameters(name) for name in optimizers)
-    return row("ours", shape, work, clock, found, **how)
+    return row("ours", shape, work, clock, math.hypot(*found), **how)
 
 
 def main() -> None:

@@ -138,6 +138,7 @@ class Graphs:
         self.model, self.sizes = model, sizes or {}
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
         self.sums, self._casts = ops.Sums(), ops.Casts()
+        self._copies: dict[nn.Parameter, Tensor] = {}  # of gradients to which others are added
         self._names: tuple[str, ...] = ()
         self._pool: Any = None
         self._broken = False
@@ -252,15 +253,18 @@ class Graphs:
 
     def _take_back(self, names: Iterable[str]) -> None:
         """Copy gradients of these adapters that were lent, before a replay writes others in their places."""
-        parameters = (p for name in names for _, p in self.model.adapter_parameters(name))
-        for parameter in parameters:
-            if parameter.grad is not None and parameter.grad is self.sums.get(parameter):
-                parameter.grad = parameter.grad.clone()
+        every = [p for name in names for _, p in self.model.adapter_parameters(name)]
+        lent = [p for p in every if p.grad is not None and p.grad is self.sums.get(p)]
+        self._copies |= {p: torch.empty_like(p) for p in lent if p not in self._copies}
+        if lent:
+            torch._foreach_copy_([self._copies[p] for p in lent], [self.sums[p] for p in lent])
+        for p in lent:
+            p.grad = self._copies[p]
 
     def forget(self) -> None:
         """Give the memory of all graphs back."""
         self._recorded.clear()
-        self.sums, self._casts = ops.Sums(), ops.Casts()
+        self.sums, self._casts, self._copies = ops.Sums(), ops.Casts(), {}
         self._pool = None
 
     def _record(self, names: list[str], size: Size, inputs: Inputs) -> _Recorded | None:

@@ -174,23 +174,21 @@ class Job:
         if self.routing is not None:
             self.routing.add(router_logits)
 
-    def advance(self, losses: Sequence[float]) -> bool:
-        """Count the micro-batch as done; after the last of a step, update the adapter and return True.
+    def count_losses(self, losses: Sequence[float]) -> None:
+        """Count the micro-batch as done.
 
         Args:
             losses: what all ranks together have counted.
         """
         for name, value in zip(Losses._fields, losses, strict=True):
             self.measured[name] += value
-        ends, self.row = self.ends_step, self._next_row
+        self.row = self._next_row
         self.micro_batches += 1
-        if not ends:
-            return False
-        limit = self.config.max_grad_norm
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
+
+    def end_step(self, norm: float) -> None:
+        """Go on after the adapter was updated; it was not where the norm of its gradient is not finite."""
         self.measured |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
         if math.isfinite(norm):
-            self.optimizer.step()
             self.skipped = 0
         else:
             self.skipped += 1
@@ -199,7 +197,6 @@ class Job:
         self.schedule.step()
         self.step, self.row, self._step = self.step + 1, 0, None
         self.to_examine = self.done or self.step % (self.config.evaluate_steps or self.steps_per_epoch) == 0
-        return True
 
     def restart_step(self) -> None:
         """Forget what was computed of the step in progress: a backward that broke off has added to some gradients."""

@@ -21,6 +21,7 @@ from mlora.model.sizes import sizes_of
 from mlora.parallel import ALONE, Ranks, places
 from mlora.training.job import Job
 from mlora.training.order import forwards
+from mlora.training.update import Updates
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def train(
     """
     started = dict[str, float]()
     together = simultaneously or len(jobs)
-    graphs = graphs_for(model, jobs, together, ranks)
+    graphs, updates = graphs_for(model, jobs, together, ranks), Updates()
     if graphs is not None:
         log.info("steps run %s", f"without CUDA graphs: {graphs.obstacle}" if graphs.obstacle else "as CUDA graphs")
     while active := [job for job in jobs if not job.done][:together]:
@@ -68,9 +69,13 @@ def train(
             together = _relieve(active)
             graphs = graphs_for(model, jobs, together, ranks)
             continue
-        sum_gradients([job for job in active if job.ends_step], ranks)
-        stepped = [job for job, own in zip(active, losses, strict=True) if job.advance(own)]
-        for job in stepped:
+        stepped = [job for job in active if job.ends_step]
+        sum_gradients(stepped, ranks)
+        norms = updates.step([job.optimizer for job in stepped], [job.config.max_grad_norm for job in stepped])
+        for job, own in zip(active, losses, strict=True):
+            job.count_losses(own)
+        for job, norm in zip(stepped, norms, strict=True):
+            job.end_step(norm)
             job.measured["seconds"] = time.perf_counter() - started.pop(job.name)
             job.measured["max_memory_bytes"] = peak_bytes(model.device)
         if after_round(stepped):

@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from mlora import ops
 from mlora.ops import fused
+from mlora.ops.fused.adamw import JointAdamW, Moving, Settings
 from mlora.ops.fused.router import fused_router_logits
 
 
@@ -51,6 +52,7 @@ def main() -> None:
         for gradient in (True, False):
             fused.cross_entropy(torch.zeros(2, 5000, dtype=dtype), torch.zeros(2, dtype=torch.int64), gradient)
     copies()
+    adamw()
     print(*sorted(set(compiled)))
 
 
@@ -59,6 +61,11 @@ def copies() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         pairs = [(source, torch.zeros(source.shape, dtype=dtype)) for source in sources]
         fused.FusedCopies(pairs).launch(pairs)
+
+
+def adamw() -> None:
+    own = (*(torch.zeros(5000) for _ in range(4)), torch.zeros(()))
+    JointAdamW([Moving(*own, 0, 0)], 1).step([Settings(1e-3, 0.9, 0.999, 1e-8, 0.01)], [1.0])
 
 
 def rotary(dtype: torch.dtype) -> None:

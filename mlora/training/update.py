@@ -1,0 +1,131 @@
+"""Optimizer steps of several jobs at once: one wait for the device, and for AdamW on a GPU three launches in all.
+
+Jobs of small models have hundreds of small tensors each; an optimizer that goes through them job by job keeps the
+device waiting for Python, and fills a small part of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from mlora import ops
+
+
+class Updates:
+    """Steps of optimizers; remembers where tensors lie from one to the next."""
+
+    def __init__(self) -> None:
+        self._joint: dict[tuple[Optimizer, ...], _Joint] = {}
+        self._suits: dict[Optimizer, bool] = {}
+
+    def step(self, optimizers: Sequence[Optimizer], limits: Sequence[float | None]) -> list[float]:
+        """Take the step of each optimizer whose gradient is finite, and return the norms of the gradients.
+
+        Args:
+            optimizers: each with its gradients.
+            limits: that each gradient is scaled down to where its norm is larger; None for none.
+        """
+        bounds = [math.inf if limit is None else limit for limit in limits]
+        norms = dict[int, Tensor]()
+        for optimizer in optimizers:
+            if optimizer not in self._suits:
+                self._suits[optimizer] = _suits(optimizer)
+        together = [i for i, optimizer in enumerate(optimizers) if self._suits[optimizer] and _gradients(optimizer)]
+        if together:
+            own = tuple(optimizers[i] for i in together)
+            if own not in self._joint or not self._joint[own].holds():
+                self._joint[own] = _Joint(own)
+            norms |= zip(together, self._joint[own].step([bounds[i] for i in together]), strict=True)
+        apart = [i for i in range(len(optimizers)) if i not in norms]
+        norms |= {i: nn.utils.get_total_norm(_gradients(optimizers[i])) for i in apart}
+        found = _read([norms[i] for i in range(len(optimizers))])
+        for i in apart:
+            if math.isfinite(found[i]):
+                if bounds[i] < found[i] + 1e-6:  # otherwise clipping would multiply by 1
+                    nn.utils.clip_grads_with_norm_(_parameters(optimizers[i]), bounds[i], norms[i])
+                optimizers[i].step()
+        return found
+
+
+class _Joint:
+    """The steps of several optimizers in kernels."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        from mlora.ops.fused.adamw import JointAdamW, Moving
+
+        self._optimizers = optimizers
+        self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._states = [optimizer.state for optimizer in optimizers]
+        self._parameters, moving, number = list[nn.Parameter](), [], 0
+        for adapter, optimizer in enumerate(optimizers):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        own = _state(optimizer, p)
+                        kept = own["exp_avg"], own["exp_avg_sq"], own["step"]
+                        moving.append(Moving(p, p.grad, *kept, number, adapter))
+                        self._parameters.append(p)
+                number += 1
+        self._gradients = [own.gradient for own in moving]
+        self._kernels = JointAdamW(moving, number)
+
+    def holds(self) -> bool:
+        """Return whether it knows all tensors; a state may have been loaded, and other parameters have gradients."""
+        same = all(optimizer.state is own for optimizer, own in zip(self._optimizers, self._states, strict=True))
+        count = sum(len(_gradients(optimizer)) for optimizer in self._optimizers)
+        return same and count == len(self._parameters) and all(p.grad is not None for p in self._parameters)
+
+    def step(self, limits: Sequence[float]) -> Tensor:
+        """Take a step and return the norms of the gradients, without waiting."""
+        from mlora.ops.fused.adamw import Settings
+
+        gradients: list[Any] = [p.grad for p in self._parameters]
+        if any(a is not b for a, b in zip(gradients, self._gradients, strict=True)):
+            self._gradients = [gradient.contiguous() for gradient in gradients]
+            self._kernels.move(self._gradients)
+        names = "lr", "eps", "weight_decay"
+        settings = [
+            Settings(beta1=group["betas"][0], beta2=group["betas"][1], **{name: group[name] for name in names})
+            for group in self._groups
+        ]
+        return self._kernels.step(settings, limits)
+
+
+def _suits(optimizer: Optimizer) -> bool:
+    """Return whether kernels take its steps; nothing decides that changes in a training, so that it can be resumed."""
+    if type(optimizer) is not AdamW or any(g["amsgrad"] or g["maximize"] for g in optimizer.param_groups):
+        return False
+    parameters = _parameters(optimizer)
+    kinds = {(p.dtype, p.is_contiguous()) for p in parameters}
+    return kinds == {(torch.float32, True)} and ops.fused_available(parameters[0])
+
+
+def _state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return what an AdamW keeps of a parameter, begun as it would begin it."""
+    if parameter not in optimizer.state:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer.state[parameter]
+
+
+def _read(norms: Sequence[Tensor]) -> list[float]:
+    """Return numbers, of which some may lie on a device, after one wait."""
+    device = next((norm.device for norm in norms if norm.device.type != "cpu"), None)
+    return torch.stack([norm.to(device) for norm in norms]).tolist() if norms else []
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None]
