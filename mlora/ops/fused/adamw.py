@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
-"""Numbers of a tile."""
+BLOCK = 1024
+"""Numbers of a tile; of larger ones fewer are under way at once."""
 
 
 class Moving(NamedTuple):
@@ -146,7 +146,7 @@ class JointAdamW:
         self._sums = torch.empty(len(self._owners), device=device)
         self._factors, self._norms = (torch.empty(len(begins), device=device) for _ in range(2))
         self._rates = torch.empty(groups, 7, device=device)
-        self._tiles = {"BLOCK": BLOCK, "ALIGNED": self._aligned(), "num_warps": 8}
+        self._tiles = {"BLOCK": BLOCK, "ALIGNED": self._aligned()}
 
     def move(self, gradients: Sequence[Tensor]) -> None:
         """Take the gradients of all parameters from elsewhere from now on."""
