@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +73,8 @@ class _Joint:
                         moving.append(Moving(p, p.grad, *kept, number, adapter))
                         self._parameters.append(p)
                 number += 1
-        self._gradients = [own.gradient for own in moving]
         self._kernels = JointAdamW(moving, number)
+        self._last: list[ref[Tensor]] = []
 
     def holds(self) -> bool:
         """Return whether it knows all tensors; a state may have been loaded, and other parameters have gradients."""
@@ -85,10 +86,11 @@ class _Joint:
         """Take a step and return the norms of the gradients, without waiting."""
         from mlora.ops.fused.adamw import Settings
 
-        gradients: list[Any] = [p.grad for p in self._parameters]
-        if any(a is not b for a, b in zip(gradients, self._gradients, strict=True)):
-            self._gradients = [gradient.contiguous() for gradient in gradients]
-            self._kernels.move(self._gradients)
+        given: list[Any] = [p.grad for p in self._parameters]
+        gradients = [gradient.contiguous() for gradient in given]
+        if len(self._last) < len(given) or any(own() is not g for own, g in zip(self._last, gradients, strict=True)):
+            self._kernels.move(gradients)
+            self._last = [ref(gradient) for gradient in gradients]  # those of graphs last, others make room
         names = "lr", "eps", "weight_decay"
         settings = [
             Settings(beta1=group["betas"][0], beta2=group["betas"][1], **{name: group[name] for name in names})

@@ -107,6 +107,18 @@ def test_what_has_no_gradient_stays(updates: Updates) -> None:
     assert updates.step([ours], [None]) == [0.0] and updates.step([], []) == []
 
 
+@pytest.mark.parametrize("updates", [True], ids=["kernels"], indirect=True)
+def test_gradients_of_another_layout_are_read_as_they_are(updates: Updates) -> None:
+    ours, theirs = optimizer(1, 1e-2), optimizer(1, 1e-2)
+    for step in range(2):
+        draw_gradients(ours, theirs, step)
+        for p in parameters(ours):
+            p.grad = p.grad.mT.contiguous().mT if p.ndim > 1 else p.grad
+        updates.step([ours], [None])
+        theirs.step()
+    same(ours, theirs)
+
+
 def test_other_optimizers_take_their_own_steps(updates: Updates) -> None:
     """Among those that go together, in the order in which they were given."""
     plain = [nn.Parameter(torch.ones(3, device=DEVICE)), nn.Parameter(torch.ones(2, device=DEVICE))]
