@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "export": {"model", "config", "adapters", "ops"},
     "generation": {"model", "data", "config"},
     "serving": {"generation", "model", "data"},
-    "training": {"model", "data", "config", "adapters", "parallel"},
+    "training": {"model", "data", "config", "adapters", "ops", "parallel"},
     "runs": {"training", "evaluation", "report", "tracking", "model", "data", "tasks", "config", "adapters"}
     | {"parallel"},
     "cli": {"generation", "serving", "runs", "export", "config", "tasks", "adapters", "report", "data", "model"},
