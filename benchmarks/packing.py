@@ -29,6 +29,7 @@ from mlora import MultiAdapterModel
 from mlora.data import load_training_samples
 from mlora.model.batch import IGNORED, Row
 from mlora.model.graphs import Graphs
+from mlora.training.update import Updates
 
 TASKS = ("arc-e", "arc-c", "boolq", "obqa", "piqa", "siqa", "hellaswag", "winogrande")
 LENGTHS = Path(__file__).with_name("lengths.json")
@@ -124,13 +125,15 @@ def measure(options: argparse.Namespace, program: str) -> dict:
     step, optimizers, parameters = peft(options) if program == "peft" else ours(options, program)
     vocabulary = SHAPES[options.shape].settings["vocab_size"]
     batches = draw(lengths, list(optimizers), options.rows, options.batches, vocabulary)
-    clock = Clock(options.device)
+    clock, updates = Clock(options.device), Updates()
     found = 0.0
     for number, rows in enumerate(batches + batches):
         clock.begin()
         step(rows, number, clock)
-        for optimizer in optimizers.values():
-            optimizer.step()
+        if program == "peft":
+            optimizers["peft"].step()
+        else:
+            updates.step([*optimizers.values()], [None] * len(optimizers))
         clock.end()
         found = norms(parameters)
         for optimizer in optimizers.values():

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 from collections.abc import Sequence
 
 import torch
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.work import DROPOUT, METHODS, SHAPES, WARM, Clock, Work, row
+from benchmarks.work import DROPOUT, METHODS, SHAPES, WARM, Clock, Work, norms, row
 from mlora import Batch, MultiAdapterModel
 from mlora.config import JobConfig, parse_adapter
 from mlora.model.attention import PACKED
@@ -91,9 +90,10 @@ def measure(
             rows[name] = [Row(t, t, name, index) for index, t in enumerate(tokens)]
         clock.begin()
         gradients(model, graphs, rows, number, clock)
-        found = updates.step([*optimizers.values()], [None] * len(optimizers))
+        updates.step([*optimizers.values()], [None] * len(optimizers))
         clock.mark("optimizer")
         clock.end()
+        found = norms(p for name in optimizers for _, p in model.adapter_parameters(name))
         for optimizer in optimizers.values():
             optimizer.zero_grad()
     if profiled:
@@ -103,7 +103,7 @@ def measure(
         print(profiler.key_averages().table(sort_by=by, row_limit=profiled, max_name_column_width=60))
     how = {"recompute": model.recompute.what, "compiled": model.compiled, "graphs": graphs is not None}
     how["parameters"] = sum(model.num_parameters(name) for name in optimizers)
-    return row("ours", shape, work, clock, math.hypot(*found), **how)
+    return row("ours", shape, work, clock, found, **how)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ class Row:
 
     Attributes:
         input_ids: its tokens.
-        labels: the token at each position where it is a target of the position before, `IGNORED` elsewhere.
+        labels: the token at each position where it is a target of the position before, `IGNORED` elsewhere; as many.
         adapter: name; None for the plain base model.
         index: number of the row within its adapter's optimizer step, a part of its random stream.
         class_id: index of its class, where the adapter has a classification head; its token labels are not read then.
@@ -45,6 +45,17 @@ class Row:
     adapter: str | None = None
     index: int = 0
     class_id: int | None = None
+
+
+def check_lengths(rows: Sequence[Row]) -> None:
+    """Refuse rows without tokens, and those with another number of labels.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for i, row in enumerate(rows):
+        if not len(row.input_ids) or len(row.labels) != len(row.input_ids):
+            raise ValueError(f"row {i} has {len(row.input_ids)} tokens and {len(row.labels)} labels")
 
 
 @dataclass(frozen=True)
@@ -130,9 +141,7 @@ class Batch:
         """
         if not rows:
             raise ValueError("a batch needs at least one row")
-        for i, row in enumerate(rows):
-            if not len(row.input_ids) or len(row.labels) != len(row.input_ids):
-                raise ValueError(f"row {i} has {len(row.input_ids)} tokens and {len(row.labels)} labels")
+        check_lengths(rows)
         adapters = list(dict.fromkeys(row.adapter for row in rows))
         order = tuple(sorted(range(len(rows)), key=lambda i: adapters.index(rows[i].adapter)))
         packed = [rows[i] for i in order]

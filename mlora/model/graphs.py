@@ -229,9 +229,7 @@ class Graphs:
         key = (size, adapters, tuple(adapter.method for adapter in adapters), *self.model.modes)
         recorded = self._recorded.get(key)
         if recorded is None:
-            copied = Inputs.of_size(len(rows), size, device=self.model.device)
-            copied.copy_(inputs)
-            recorded = self._record(list(rows), size, copied) if len(self._recorded) < MOST else None
+            recorded = self._record(list(rows), size, inputs) if len(self._recorded) < MOST else None
             if recorded is None:
                 return None
             self._recorded[key] = recorded
@@ -270,6 +268,9 @@ class Graphs:
     def _record(self, names: list[str], size: Size, inputs: Inputs) -> _Recorded | None:
         began = time.perf_counter()
         try:
+            own = Inputs.of_size(len(names), size, device=self.model.device)
+            own.copy_(inputs)
+            inputs = own
             tools = self._prepare(names, size, inputs)
             captured = self._capture(lambda: self._run(names, size, inputs, tools), inputs)
             recorded = _Recorded(*captured, tools)

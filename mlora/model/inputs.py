@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mlora import ops
-from mlora.model.batch import IGNORED, Row, Span, integers
+from mlora.model.batch import IGNORED, Row, Span, check_lengths, integers
 from mlora.model.head import check_classes
 from mlora.model.multi import MultiAdapterModel
 from mlora.model.sizes import Size
@@ -115,8 +115,13 @@ def prepare(
         steps: optimizer step of each, a part of its random stream.
         weights: of its losses.
         size: at least that of `size_for`.
+
+    Raises:
+        ValueError: a row has no tokens, or another number of labels.
+        ModelError: classes do not go with the heads.
     """
     every = [row for own in rows.values() for row in own]
+    check_lengths(every)
     for name, own in rows.items():
         classes = tuple(row.class_id for row in own if row.class_id is not None)
         check_classes(Span(name, 0, 0, (), 0, classes), model.adapter_module(name).num_labels)

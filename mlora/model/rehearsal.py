@@ -173,13 +173,14 @@ class Rehearsal:
         kept = count.kept - base - adapters
         rest = count.peak - count.kept + (WORKSPACE_BYTES if cuda else 0)
         above = sum(p.nbytes for p in self._trained(rows, layers, math.inf))
-        left_out = 0 if accumulates else above
-        if recorded:  # gradients of the layers above lie in places of their own as those of the others do
-            made = self._trained(rows, 0, layers)
-            elsewhere = sum(p.nbytes for p in made if graphs.sums.get(p) is None)
-            left_out = above * elsewhere // max(1, sum(p.nbytes for p in made))
-            left_out += above // 2 if graphs.casts is not None else 0  # half of what they are made of
-        return _Taken(base, adapters, kept, rest, left_out)
+        fresh = 0 if accumulates else above
+        if recorded:  # gradients are fresh but for those in places, in layers above as in those that took the step;
+            trained_here = self._trained(rows, 0, layers)
+            elsewhere = sum(p.nbytes for p in trained_here if graphs.sums.get(p) is None)
+            fresh = above * elsewhere // max(1, sum(p.nbytes for p in trained_here))
+            if graphs.casts is not None:  # and casts, half of what they are made of
+                fresh += above // 2
+        return _Taken(base, adapters, kept, rest, fresh)
 
     def _trained(self, rows: Mapping[str, Sequence[Row]], first: int, stop: float) -> list[Tensor]:
         """Return what is trained in these layers."""

@@ -98,17 +98,21 @@ class Sums:
         None where one is not a parameter of its own but computed, does not lie beside the one before, or was taken:
         its gradient is a sum then, which autograd adds up elsewhere.
         """
-        known = tuple(p for p in parameters if p is not None and p.is_contiguous())
+        known = tuple(p for p in parameters if p is not None and _is_plain(p))
         if len(known) < len(parameters) or not self._taken.isdisjoint(known):
             return None
         if known not in self._stacks:
-            if any(p in self._of for p in known) or len({(p.shape, p.dtype) for p in known}) > 1:
+            if any(p in self._of for p in known) or len({p.shape for p in known}) > 1:
                 return None
             made = self._empty((len(known), *known[0].shape), dtype=known[0].dtype, device=known[0].device)
             self._stacks[known] = made
             self._of |= zip(known, made, strict=True)
         self._taken |= {*known}
         return self._stacks[known]
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and parameter.dtype == torch.float32 and parameter.is_contiguous()
 
 
 class Lasting(NamedTuple):

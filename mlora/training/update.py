@@ -1,4 +1,4 @@
-"""Optimizer steps of several jobs at once: one wait for the device, and for AdamW on a GPU three launches in all.
+"""Optimizer steps of several jobs at once: one wait for the device, and for AdamW on a GPU four launches in all.
 
 Jobs of small models have hundreds of small tensors each; an optimizer that goes through them job by job keeps the
 device waiting for Python, and fills a small part of it.
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from mlora import ops
+
+REMEMBERED = 4
+"""Sets of optimizers whose tables are kept."""
 
 
 class Updates:
@@ -39,10 +42,8 @@ class Updates:
                 self._suits[optimizer] = _suits(optimizer)
         together = [i for i, optimizer in enumerate(optimizers) if self._suits[optimizer] and _gradients(optimizer)]
         if together:
-            own = tuple(optimizers[i] for i in together)
-            if own not in self._joint or not self._joint[own].holds():
-                self._joint[own] = _Joint(own)
-            norms |= zip(together, self._joint[own].step([bounds[i] for i in together]), strict=True)
+            joint = self._joint_of(tuple(optimizers[i] for i in together))
+            norms |= zip(together, joint.step([bounds[i] for i in together]), strict=True)
         apart = [i for i in range(len(optimizers)) if i not in norms]
         norms |= {i: nn.utils.get_total_norm(_gradients(optimizers[i])) for i in apart}
         found = _read([norms[i] for i in range(len(optimizers))])
@@ -51,6 +52,16 @@ class Updates:
                 if bounds[i] < found[i] + 1e-6:  # otherwise clipping would multiply by 1
                     nn.utils.clip_grads_with_norm_(_parameters(optimizers[i]), bounds[i], norms[i])
                 optimizers[i].step()
+        return found
+
+    def _joint_of(self, optimizers: tuple[Optimizer, ...]) -> _Joint:
+        """Return what takes the steps of these together; of few others, since jobs come, go and fall out of step."""
+        found = self._joint.pop(optimizers, None)
+        if found is None or not found.holds():
+            found = _Joint(optimizers)
+        self._joint[optimizers] = found
+        while len(self._joint) > REMEMBERED:
+            del self._joint[next(iter(self._joint))]
         return found
 
 
@@ -73,7 +84,7 @@ class _Joint:
                         moving.append(Moving(p, p.grad, *kept, number, adapter))
                         self._parameters.append(p)
                 number += 1
-        self._kernels = JointAdamW(moving, number)
+        self._kernels = JointAdamW(moving)
         self._last: list[ref[Tensor]] = []
 
     def holds(self) -> bool:
@@ -84,24 +95,20 @@ class _Joint:
 
     def step(self, limits: Sequence[float]) -> Tensor:
         """Take a step and return the norms of the gradients, without waiting."""
-        from mlora.ops.fused.adamw import Settings
-
         given: list[Any] = [p.grad for p in self._parameters]
         gradients = [gradient.contiguous() for gradient in given]
-        if len(self._last) < len(given) or any(own() is not g for own, g in zip(self._last, gradients, strict=True)):
-            self._kernels.move(gradients)
+        moved = not self._last or any(own() is not g for own, g in zip(self._last, gradients, strict=True))
+        if moved:
             self._last = [ref(gradient) for gradient in gradients]  # those of graphs last, others make room
-        names = "lr", "eps", "weight_decay"
-        settings = [
-            Settings(beta1=group["betas"][0], beta2=group["betas"][1], **{name: group[name] for name in names})
-            for group in self._groups
-        ]
-        return self._kernels.step(settings, limits)
+        for optimizer in self._optimizers:
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedules of torch's ask for
+        return self._kernels.step(gradients if moved else None, self._groups, limits)
 
 
 def _suits(optimizer: Optimizer) -> bool:
     """Return whether kernels take its steps; nothing decides that changes in a training, so that it can be resumed."""
-    if type(optimizer) is not AdamW or any(g["amsgrad"] or g["maximize"] for g in optimizer.param_groups):
+    groups = optimizer.param_groups
+    if type(optimizer) is not AdamW or any(g["amsgrad"] or g["maximize"] or 0 in g["betas"] for g in groups):
         return False
     parameters = _parameters(optimizer)
     kinds = {(p.dtype, p.is_contiguous()) for p in parameters}
@@ -112,7 +119,7 @@ def _state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """Return what an AdamW keeps of a parameter, begun as it would begin it."""
     if parameter not in optimizer.state:
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

@@ -73,7 +73,7 @@ def test_filling_up_changes_nothing(variant: str, monkeypatch) -> None:
     awaken(model)
     model.train()
     rows = {"x": draw_rows("x", 5, 1), "judge": draw_rows("judge", 3, 2, classes=True)}
-    steps, weights = {"x": 4, "judge": 9}, {"x": inputs.Weights(0.05, 0.7), "judge": graphs.Weights(0.3, 1.0)}
+    steps, weights = {"x": 4, "judge": 9}, {"x": inputs.Weights(0.05, 0.7), "judge": inputs.Weights(0.3, 1.0)}
     expected = ordinary(model, rows, steps, weights)
     gradients = collect(model, rows)
     size = sizes.size_for(rows)
@@ -119,9 +119,12 @@ class Rerun(graphs.Graphs):
 
 
 @pytest.mark.parametrize("recompute", ["none", "all"])
-@pytest.mark.parametrize(("variant", "casts"), [("mixlora", 10), ("lora", 10), ("dora", 11)])
+@pytest.mark.parametrize(
+    ("variant", "casts", "elsewhere"),
+    [("mixlora", 10, {2, 3}), ("lora", 10, set()), ("dora", 11, {1})],  # routers and B of experts, magnitudes
+)
 def test_casts_follow_their_parameters_and_gradients_are_in_place(
-    variant: str, casts: int, recompute: str, monkeypatch
+    variant: str, casts: int, elsewhere: set[int], recompute: str, monkeypatch
 ) -> None:
     """In kernels, interpreted: steps of two micro-batches in float16, parameters changed in between."""
     pytest.importorskip("triton")
@@ -135,6 +138,14 @@ def test_casts_follow_their_parameters_and_gradients_are_in_place(
     model.train()
     model.recompute = Recompute(recompute)
     recorded, weights = Rerun(model), dict.fromkeys("xy", inputs.Weights(0.05, 0.7))
+    copied, find = set(), recorded._elsewhere
+
+    def note(parameters, gradients):
+        pairs = find(parameters, gradients)
+        copied.update(place.ndim for _, place in pairs)
+        return pairs
+
+    recorded._elsewhere = note
     for step in range(2):
         steps = dict.fromkeys("xy", step)
         parts = [{name: draw_rows(name, 4, ord(name) + step + n) for name in "xy"} for n in (0, 5)]
@@ -147,11 +158,10 @@ def test_casts_follow_their_parameters_and_gradients_are_in_place(
         for name in "xy":
             for _, parameter in model.adapter_parameters(name):
                 parameter.data.mul_(1.5)
-    assert len(recorded._casts._made) == (
-        casts if recompute == "none" else 0
-    )  # of every layer and both adapters at once
-    stacks = {key[0].shape: len(key) for key in recorded.sums._stacks}
-    assert max(stacks.values()) == 6  # queries, keys and values of both
+    # of every layer and both adapters at once
+    assert len(recorded._casts._made) == (casts if recompute == "none" else 0)
+    assert max(map(len, recorded.sums._stacks)) == 6  # queries, keys and values of both
+    assert copied == elsewhere
 
 
 def left(computed):
@@ -272,7 +282,7 @@ def test_replayed_graphs_equal_ordinary_steps(variant: str) -> None:
     recorded = graphs.Graphs(model)
     for step in range(6):
         rows = {"x": draw_rows("x", 16, step), "judge": draw_rows("judge", 16, 10 + step, classes=True)}
-        weights = {"x": inputs.Weights(0.05, 0.7), "judge": graphs.Weights(0.3, 1.0)}
+        weights = {"x": inputs.Weights(0.05, 0.7), "judge": inputs.Weights(0.3, 1.0)}
         steps = {"x": step, "judge": 2 * step}
         assert recorded.suits(rows)
         expected = ordinary(model, rows, steps, weights)

@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from mlora import ops
 from mlora.ops import fused
-from mlora.ops.fused.adamw import JointAdamW, Moving, Settings
+from mlora.ops.fused.adamw import JointAdamW, Moving
 from mlora.ops.fused.router import fused_router_logits
 
 
@@ -65,7 +65,8 @@ def copies() -> None:
 
 def adamw() -> None:
     own = (*(torch.zeros(5000) for _ in range(4)), torch.zeros(()))
-    JointAdamW([Moving(*own, 0, 0)], 1).step([Settings(1e-3, 0.9, 0.999, 1e-8, 0.01)], [1.0])
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    JointAdamW([Moving(*own, 0, 0)]).step(None, [group], [1.0])
 
 
 def rotary(dtype: torch.dtype) -> None:

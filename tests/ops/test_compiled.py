@@ -18,7 +18,7 @@ def test_every_kernel_compiles(tmp_path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = (
-        "_adamw _add_dropped _choose _copy _cross_entropy _dropout _factors _gated _gated_grad _rescale _rescale_grad "
-        "_rotary _router _router_grad _select _squares"
+        "_adamw _add_dropped _choose _copy _cross_entropy _dropout _factors _gated _gated_grad _rates "
+        "_rescale _rescale_grad _rotary _router _router_grad _select _squares"
     )
     assert done.stdout.split() == kernels.split()

@@ -103,8 +103,35 @@ def test_what_has_no_gradient_stays(updates: Updates) -> None:
         parameters(own)[1].grad = None
     updates.step([ours], [None]), theirs.step()
     same(ours, theirs)
+    for step in range(2, 5):  # whose corrections are of fewer steps since
+        draw_gradients(ours, theirs, step)
+        updates.step([ours], [None]), theirs.step()
+        same(ours, theirs)
     ours.zero_grad()
     assert updates.step([ours], [None]) == [0.0] and updates.step([], []) == []
+
+
+def test_schedules_of_torch_see_a_step(updates: Updates, recwarn: pytest.WarningsRecorder) -> None:
+    one = optimizer(1, 1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(one, lambda step: 0.5)
+    draw_gradients(one, optimizer(1, 1e-2), 0)
+    updates.step([one], [None])
+    schedule.step()
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
+
+
+def test_few_sets_of_optimizers_are_remembered(updates: Updates) -> None:
+    ours = [optimizer(i, 1e-2) for i in range(4)]
+    theirs = copy.deepcopy(ours)
+    for step in range(12):
+        chosen = [i for i in range(4) if (step + 1) >> i & 1]
+        for i in chosen:
+            draw_gradients(ours[i], theirs[i], step)
+            theirs[i].step()
+        updates.step([ours[i] for i in chosen], [None] * len(chosen))
+    assert len(updates._joint) <= 4
+    for own, their in zip(ours, theirs, strict=True):
+        same(own, their)
 
 
 @pytest.mark.parametrize("updates", [True], ids=["kernels"], indirect=True)

@@ -1,4 +1,4 @@
-"""AdamW of many small tensors of several adapters in three launches: squares of gradients, factors, updates.
+"""AdamW of many small tensors of several adapters in four launches: squares of gradients, factors, rates, updates.
 
     norm_a = |g_a|,  c_a = min(1, limit_a / (norm_a + 1e-6)); nothing of an adapter changes whose norm is not finite
     m' = m + (1 - b1) (c g - m),  v' = v + (1 - b2) ((c g)^2 - v)
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,8 +27,8 @@ class Moving(NamedTuple):
 
     Attributes:
         parameter, gradient, mean, square: of the same shape.
-        step: steps taken, one number.
-        group: number of its settings.
+        step: taken of it, one number.
+        group: number of the group of parameters that it is in.
         adapter: number of its adapter; neighbours have the same.
     """
 
@@ -39,16 +39,6 @@ class Moving(NamedTuple):
     step: Tensor
     group: int
     adapter: int
-
-
-class Settings(NamedTuple):
-    """Of a group of parameters."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
 
 
 @triton.jit
@@ -62,36 +52,40 @@ def _place(places, tensor, which: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _squares(places, forms, owners, sums, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+def _squares(places, forms, owners, sums, BLOCK: tl.constexpr):
     tensor = tl.load(owners + tl.program_id(0)).to(tl.int64)
     at = (tl.program_id(0) - tl.load(forms + 4 * tensor + 1)) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < _aligned(tl.load(forms + 4 * tensor), ALIGNED)
-    g = tl.load(_place(places, tensor, 1, ALIGNED) + at, mask=inside, other=0.0)
+    g = tl.load(_place(places, tensor, 1, False) + at, mask=at < tl.load(forms + 4 * tensor), other=0.0)
     tl.store(sums + tl.program_id(0), tl.sum(g * g, 0))
 
 
 @triton.jit
-def _factors(places, adapters, sums, limits, settings, norms, factors, rates, BLOCK: tl.constexpr):
-    own = adapters + 3 * tl.program_id(0)
+def _factors(bounds, sums, limits, norms, factors, BLOCK: tl.constexpr):
+    adapter = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float32)
-    stop = tl.load(own + 4)
-    for first in range(tl.load(own + 1), stop, BLOCK):
+    stop = tl.load(bounds + adapter + 1)
+    for first in range(tl.load(bounds + adapter), stop, BLOCK):
         at = first + tl.arange(0, BLOCK)
         total += tl.load(sums + at, mask=at < stop, other=0.0)
     norm = tl.sqrt(tl.sum(total, 0))
-    factor = tl.minimum(1.0, tl.load(limits + tl.program_id(0)) / (norm + 1e-6))
-    tl.store(norms + tl.program_id(0), norm)
-    tl.store(factors + tl.program_id(0), tl.where(norm < float("inf"), factor, -1.0))  # NaN is not less either
-    count = tl.load(_place(places, tl.load(own), 4, False)).to(tl.float64) + 1
-    for group in range(tl.load(own + 2), tl.load(own + 5)):
-        given, rate = settings + 7 * group, rates + 7 * group
-        lr = tl.load(given)
-        tl.store(rate, count.to(tl.float32))
-        tl.store(rate + 1, (lr / (1 - tl.exp(tl.load(given + 5) * count))).to(tl.float32))
-        tl.store(rate + 2, (1 / tl.sqrt(1 - tl.exp(tl.load(given + 6) * count))).to(tl.float32))
-        tl.store(rate + 3, (lr * tl.load(given + 4)).to(tl.float32))
-        for i in tl.static_range(3):  # of the mean, of the square, epsilon
-            tl.store(rate + 4 + i, tl.load(given + 1 + i).to(tl.float32))
+    factor = tl.minimum(1.0, tl.load(limits + adapter) / (norm + 1e-6))
+    tl.store(norms + adapter, norm)
+    tl.store(factors + adapter, tl.where(norm < float("inf"), factor, -1.0))  # NaN is not less either
+
+
+@triton.jit
+def _rates(places, forms, settings, rates):
+    """Leave what the update of a tensor takes, computed in float64, since 1 - b^t is small."""
+    tensor = tl.program_id(0).to(tl.int64)
+    given, rate = settings + 7 * tl.load(forms + 4 * tensor + 2), rates + 7 * tensor
+    count = tl.load(_place(places, tensor, 4, False)).to(tl.float64) + 1
+    lr = tl.load(given)
+    tl.store(rate, count.to(tl.float32))
+    tl.store(rate + 1, (lr / (1 - tl.exp(tl.load(given + 5) * count))).to(tl.float32))
+    tl.store(rate + 2, (1 / tl.sqrt(1 - tl.exp(tl.load(given + 6) * count))).to(tl.float32))
+    tl.store(rate + 3, (lr * tl.load(given + 4)).to(tl.float32))
+    for i in tl.static_range(3):  # 1 - b1, 1 - b2, epsilon
+        tl.store(rate + 4 + i, tl.load(given + 1 + i).to(tl.float32))
 
 
 @triton.jit
@@ -100,7 +94,7 @@ def _adamw(places, forms, owners, factors, rates, BLOCK: tl.constexpr, ALIGNED: 
     form = forms + 4 * tensor
     factor = tl.load(factors + tl.load(form + 3))
     if factor >= 0:
-        rate = rates + 7 * tl.load(form + 2)
+        rate = rates + 7 * tensor
         tile = tl.program_id(0) - tl.load(form + 1)
         at = tile * BLOCK + tl.arange(0, BLOCK)
         inside = at < _aligned(tl.load(form), ALIGNED)
@@ -126,59 +120,50 @@ class JointAdamW:
 
     Args:
         moving: of all adapters, in order.
-        groups: how many there are, those of an adapter side by side.
     """
 
-    def __init__(self, moving: Sequence[Moving], groups: int) -> None:
+    def __init__(self, moving: Sequence[Moving]) -> None:
         device = moving[0].parameter.device
-        sizes = torch.tensor([own.parameter.numel() for own in moving])
-        tiles = -(-sizes // BLOCK)
+        self._sizes = torch.tensor([own.parameter.numel() for own in moving])
+        tiles = -(-self._sizes // BLOCK)
         firsts = tiles.cumsum(0) - tiles
         begins = [i for i, own in enumerate(moving) if i == 0 or own.adapter != moving[i - 1].adapter]
         self._host = torch.tensor([[tensor.data_ptr() for tensor in own[:5]] for own in moving])
         self._places = self._host.to(device)
         belongs = torch.tensor([own[5:] for own in moving])
-        self._sizes = sizes
-        self._forms = torch.cat([sizes[:, None], firsts[:, None], belongs], 1).to(device)
+        self._forms = torch.cat([self._sizes[:, None], firsts[:, None], belongs], 1).to(device)
         self._owners = torch.arange(len(moving), dtype=torch.int32).repeat_interleave(tiles).to(device)
-        bounds = [part for i in begins for part in (i, int(firsts[i]), moving[i].group)]
-        self._adapters = torch.tensor([*bounds, len(moving), len(self._owners), groups]).to(device)
+        self._bounds = torch.tensor([*firsts[begins].tolist(), len(self._owners)]).to(device)
         self._sums = torch.empty(len(self._owners), device=device)
         self._factors, self._norms = (torch.empty(len(begins), device=device) for _ in range(2))
-        self._rates = torch.empty(groups, 7, device=device)
-        self._tiles = {"BLOCK": BLOCK, "ALIGNED": self._aligned()}
+        self._rates = torch.empty(len(moving), 7, device=device)
 
-    def move(self, gradients: Sequence[Tensor]) -> None:
-        """Take the gradients of all parameters from elsewhere from now on."""
-        self._host[:, 1] = torch.tensor([gradient.data_ptr() for gradient in gradients])
-        self._places.copy_(self._pinned(self._host), non_blocking=True)
-        self._tiles["ALIGNED"] = self._aligned()
-
-    def _aligned(self) -> bool:
-        """Return whether all tensors lie so that several of their numbers are read at once."""
-        return not (self._host[:, :4] % 16).any() and not (self._sizes % 16).any()
-
-    def step(self, settings: Sequence[Settings], limits: Sequence[float]) -> Tensor:
+    def step(self, gradients: Sequence[Tensor] | None, groups: Sequence[Any], limits: Sequence[float]) -> Tensor:
         """Take a step and return the norm of each adapter's gradient [adapters] float32, without waiting.
 
         Args:
-            settings: of each group of parameters.
+            gradients: of all parameters, contiguous, where they lie elsewhere than in the step before; else None.
+            groups: an optimizer's, each a mapping of settings.
             limits: of the norm of each adapter's gradient; infinite for none.
         """
-        table = torch.tensor(
-            [[s.lr, 1 - s.beta1, 1 - s.beta2, *s[3:], math.log(s.beta1), math.log(s.beta2)] for s in settings],
-            dtype=torch.float64,
+        if gradients is not None:
+            self._host[:, 1] = torch.tensor([gradient.data_ptr() for gradient in gradients])
+            self._places.copy_(self._pinned(self._host), non_blocking=True)
+        table = [
+            [g["lr"], *(1 - beta for beta in g["betas"]), g["eps"], g["weight_decay"], *map(math.log, g["betas"])]
+            for g in groups
+        ]
+        settings, bounds = (
+            self._pinned(own).to(self._places.device, non_blocking=True)
+            for own in (torch.tensor(table, dtype=torch.float64), torch.tensor(limits, dtype=torch.float32))
         )
-        device, tiles = self._places.device, (len(self._owners),)
-        values = self._pinned(table).to(device, non_blocking=True)
-        bounds = self._pinned(torch.tensor(limits, dtype=torch.float32)).to(device, non_blocking=True)
-        tensors = self._places, self._forms, self._owners
-        _squares[tiles](*tensors, self._sums, **self._tiles)
-        _factors[(len(limits),)](
-            self._places, self._adapters, self._sums, bounds, values, self._norms, self._factors, self._rates,
-            BLOCK=1024,
-        )  # fmt: skip
-        _adamw[tiles](*tensors, self._factors, self._rates, **self._tiles)
+        tiles, tensors = (len(self._owners),), (self._places, self._forms, self._owners)
+        _squares[tiles](*tensors, self._sums, BLOCK=BLOCK)
+        _factors[(len(limits),)](self._bounds, self._sums, bounds, self._norms, self._factors, BLOCK=1024)
+        _rates[(len(self._forms),)](self._places, self._forms, settings, self._rates)
+        # tensors that lie so are read several numbers at once
+        aligned = not (self._host[:, :4] % 16).any() and not (self._sizes % 16).any()
+        _adamw[tiles](*tensors, self._factors, self._rates, BLOCK=BLOCK, ALIGNED=bool(aligned))
         return self._norms
 
     def _pinned(self, tensor: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ def _bits(keys, t, live, f, salt, second_salt, third_salt, COUNT: tl.constexpr):
     return first, second, third
 
 
+@triton.jit
+def _of_layer(first, second, third, layer: tl.constexpr):
+    return first if layer == 0 else (second if layer == 1 else third)
+
+
 @triton.jit(do_not_specialize=[*VARYING, "second_salt", "third_salt"])
 def _dropout(
     x, out, keys, tokens, features, half, x_token, salt, second_salt, third_salt, dropped,
@@ -53,7 +58,7 @@ def _dropout(
         column = side * half + f
         part = tl.load(x + t[:, None] * x_token + column[None, :], mask=both, other=0.0)
         for layer in tl.static_range(COUNT):
-            bits = first if layer == 0 else (second if layer == 1 else third)
+            bits = _of_layer(first, second, third, layer)
             place = (layer * tokens.to(tl.int64) + t)[:, None] * features + column[None, :]
             tl.store(out + place, dropped_out(part, bits, dropped, side), mask=both)
 
@@ -72,7 +77,7 @@ def _add_dropped(
         column = side * half + f
         total = tl.zeros((BT, BF), tl.float32)
         for layer in tl.static_range(COUNT):
-            bits = first if layer == 0 else (second if layer == 1 else third)
+            bits = _of_layer(first, second, third, layer)
             place = (layer * tokens.to(tl.int64) + t)[:, None] * features + column[None, :]
             part = tl.load(products + place, mask=both, other=0.0).to(tl.float32)
             total += dropped_out(part, bits, dropped, side)
@@ -125,7 +130,7 @@ def reduced(x: Tensor, matrices: Tensor, dropouts: Sequence[Dropout | None], sca
     """
     codes = x.new_empty((len(dropouts), len(x), matrices.shape[2]))
     for layers, read in _read(x, dropouts, matrices.shape[1]):
-        product(read, matrices[layers].flatten(0, 1).mT, scale, codes[layers].view(*read.shape[:2], -1))
+        product(read, matrices[layers].flatten(0, 1).mT, scale, codes[layers].view(*read.shape[:2], codes.shape[2]))
     return codes
 
 
@@ -144,7 +149,7 @@ def gradients_of_a(
     form = len(codes), groups, codes.shape[2], x.shape[1]
     out = x.new_empty(form, dtype=torch.float32) if out is None else out.view(form)
     for layers, read in _read(x, dropouts, groups):
-        summed_products(codes[layers].view(*read.shape[:2], -1), read, out=out[layers].flatten(0, 1))
+        summed_products(codes[layers].view(*read.shape[:2], codes.shape[2]), read, out=out[layers].flatten(0, 1))
     return out
 
 

@@ -314,14 +314,14 @@ def _of_layers(
         parts: [L, k, N, E r].
         wide: B [L, G, E r, I].
         scale: of what reaches the codes.
-        out: [L G, I, E r], where the latter may be written.
+        out: [L G, I, E r], where the latter are written; None for anywhere, as it must be of two choices.
     """
     (layers, kinds, tokens, _), groups = grads.shape, wide.shape[1]
     of_parts = parts.new_empty(parts.shape)
     if grads.is_contiguous() and 1 in (groups, kinds):  # one launch for all
-        form = layers * groups, kinds * tokens // groups, -1
-        product(grads.view(form), wide.flatten(0, 1).mT, scale, of_parts.view(form))
-        every = summed_products(grads.view(form), parts.reshape(form), out=out)
+        given, own = (each.reshape(layers * groups, kinds * tokens // groups, each.shape[3]) for each in (grads, parts))
+        product(given, wide.flatten(0, 1).mT, scale, of_parts.view(own.shape))
+        every = summed_products(given, own, out=out)
         return of_parts, every.unflatten(0, (layers, groups)).unbind()
     of_wide = []
     for layer in range(layers):
@@ -329,7 +329,8 @@ def _of_layers(
         for kind in range(kinds):
             given = apart(grads[layer, kind], groups)
             product(given, wide[layer].mT, scale, apart(of_parts[layer, kind], groups))
-            summed = summed_products(given, apart(parts[layer, kind], groups), summed)
+            here = None if out is None else out[layer * groups : (layer + 1) * groups]
+            summed = summed_products(given, apart(parts[layer, kind], groups), summed, here)
         of_wide.append(cast("Tensor", summed))
     return of_parts, of_wide
 

@@ -272,7 +272,7 @@ def gated_grad(of: Middle, hidden_grad: Tensor, down: Tensor | None, grads: Tens
         of: as `gated` took it.
         hidden_grad: of h [N, I], by the frozen down projection.
         down: of d(h_j) [G, k, n, I], by its updates; None without.
-        grads: to write, [2, 2, N, I]; [2, 1, N, I] without g' and u'.
+        grads: to write, [2, k, N, I]; with k = 2 what there is no g' or u' for stays as it is.
     """
     _, _, tokens, features = of.shape
     kept = None if down is None else of.gate.new_empty(of.shape)

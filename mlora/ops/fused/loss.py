@@ -18,6 +18,9 @@ LOWEST = tl.constexpr(-3e38)
 def _cross_entropy(logits, targets, losses, vocabulary, GRADIENT: tl.constexpr, BV: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     here = logits + row * vocabulary
+    target = tl.load(targets + row)  # and its logit, before any other warp writes a gradient there
+    known = (target >= 0) & (target < vocabulary)
+    own = tl.load(here + target, mask=known, other=float("nan")).to(tl.float32)
     v = tl.arange(0, BV)
     most = tl.full((BV,), LOWEST, tl.float32)
     total = tl.zeros((BV,), tl.float32)
@@ -28,9 +31,8 @@ def _cross_entropy(logits, targets, losses, vocabulary, GRADIENT: tl.constexpr, 
         most = higher
     top = tl.max(most, 0)
     norm = top + tl.log(tl.sum(total * tl.exp(most - top), 0))
-    target = tl.load(targets + row)
-    known = (target >= 0) & (target < vocabulary)  # elsewhere, no number says so
-    tl.store(losses + row, norm - tl.load(here + target, mask=known, other=float("nan")).to(tl.float32))
+    norm = tl.where(known, norm, float("nan"))  # which a gradient is as well, so that no step is taken
+    tl.store(losses + row, norm - own)
     if GRADIENT:
         for base in range(0, vocabulary, BV):
             inside = base + v < vocabulary
@@ -40,7 +42,7 @@ def _cross_entropy(logits, targets, losses, vocabulary, GRADIENT: tl.constexpr, 
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-    """Return the loss of each row [n] float32; NaN where its target is none of the V.
+    """Return the loss of each row [n] float32; NaN, and its gradient as well, where its target is none of the V.
 
     Args:
         logits: [n, V] contiguous; where `gradient`, theirs takes their place.
