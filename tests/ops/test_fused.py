@@ -157,12 +157,17 @@ def test_a_router_that_is_not_a_number_says_so(k: int) -> None:
     assert routes_of(draw(9, 16), draw(1, 5, 16), k).weights.isfinite().all()
 
 
-def test_sums_of_tensors_without_data_ask_torch_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch 2.11 knows no form of a product that is added in another dtype."""
-    monkeypatch.setattr(torch, "addmm", lambda *_, **__: pytest.fail("asked"))
-    left, onto = torch.empty(1, 6, 4, dtype=torch.bfloat16, device="meta"), torch.empty(1, 4, 4, device="meta")
+@pytest.mark.parametrize("several", [1, 2])
+def test_sums_of_tensors_without_data_ask_torch_for_nothing(several: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch 2.11 knows no form of products in another dtype that are added or written somewhere."""
+    for name in ("mm", "bmm", "addmm", "baddbmm"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("asked"))
+    left = torch.empty(several, 6, 4, dtype=torch.bfloat16, device="meta")
+    place = torch.empty(several, 4, 4, device="meta")
     with ops.standing_for("cuda"):
-        assert summed_products(left, left, onto).shape == onto.shape
+        assert summed_products(left, left, place).shape == place.shape
+        assert summed_products(left, left).dtype == torch.float32
+        assert summed_products(left, left, out=place) is place
 
 
 def test_a_router_of_experts_that_are_alike_learns_nothing() -> None:

@@ -182,9 +182,10 @@ def summed_products(left: Tensor, right: Tensor, onto: Tensor | None = None, out
     """
     if left.dtype == torch.float32 or device_type(left) != "cuda":
         left, right = left.float(), right.float()
-    if onto is not None and not has_data(left):  # torch 2.11 knows no form of a product of this dtype added to another
-        return torch.empty_like(onto)
     dtype = () if left.dtype == torch.float32 else (torch.float32,)
+    if dtype and not has_data(left):  # torch 2.11 does not know the form of each product in another dtype
+        form = len(left), left.shape[2], right.shape[2]
+        return left.new_empty(form, dtype=torch.float32) if out is None else out
     left = left.mT
     if len(left) > 1:
         return torch.bmm(left, right, *dtype, out=out) if onto is None else torch.baddbmm(onto, left, right, *dtype)
