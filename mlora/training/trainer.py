@@ -62,6 +62,9 @@ def train(
         for job in active:
             started.setdefault(job.name, now)
         computed = _computed(model, active, graphs, ranks)
+        stepped = [job for job in active if job.ends_step] if computed else []
+        alone = ranks.count == 1
+        norms = _update(updates, stepped) if alone else []  # sent to the device before anything is waited for
         losses = _losses(active, computed, ranks)
         if losses is None:
             if graphs is not None:
@@ -69,9 +72,9 @@ def train(
             together = _relieve(active)
             graphs = graphs_for(model, jobs, together, ranks)
             continue
-        stepped = [job for job in active if job.ends_step]
-        sum_gradients(stepped, ranks)
-        norms = updates.step([job.optimizer for job in stepped], [job.config.max_grad_norm for job in stepped])
+        if not alone:
+            sum_gradients(stepped, ranks)
+            norms = _update(updates, stepped)
         for job, own in zip(active, losses, strict=True):
             job.count_losses(own)
         for job, norm in zip(stepped, norms, strict=True):
@@ -93,6 +96,11 @@ def graphs_for(model: MultiAdapterModel, jobs: Sequence[Job], together: int, ran
         own = filter(None, (_own(rows, ranks) for rows in islice(ahead, LOOKED_AT)))
         graphs.sizes = sizes_of(own, model.num_parameters(None))
     return graphs
+
+
+def _update(updates: Updates, jobs: Sequence[Job]) -> list[float]:
+    """Take the jobs' optimizer steps and return the norms of their gradients."""
+    return updates.step([job.optimizer for job in jobs], [job.config.max_grad_norm for job in jobs])
 
 
 def sum_gradients(jobs: Sequence[Job], ranks: Ranks) -> None:
