@@ -72,18 +72,16 @@ class _Joint:
         from mlora.ops.fused.adamw import JointAdamW, Moving
 
         self._optimizers = optimizers
-        self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        owned = [(i, group) for i, optimizer in enumerate(optimizers) for group in optimizer.param_groups]
+        self._groups = [group for _, group in owned]
         self._states = [optimizer.state for optimizer in optimizers]
-        self._parameters, moving, number = list[nn.Parameter](), [], 0
-        for adapter, optimizer in enumerate(optimizers):
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        own = _state(optimizer, p)
-                        kept = own["exp_avg"], own["exp_avg_sq"], own["step"]
-                        moving.append(Moving(p, p.grad, *kept, number, adapter))
-                        self._parameters.append(p)
-                number += 1
+        moving = []
+        for number, (adapter, group) in enumerate(owned):
+            for p in group["params"]:
+                if p.grad is not None:
+                    own = _state(optimizers[adapter], p)
+                    moving.append(Moving(p, p.grad, own["exp_avg"], own["exp_avg_sq"], own["step"], number, adapter))
+        self._parameters = [own.parameter for own in moving]
         self._kernels = JointAdamW(moving)
         self._last: list[ref[Tensor]] = []
 

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlora.ops.fused.copies import shared_out
+
 BLOCK = 1024
 """Numbers of a tile; of larger ones fewer are under way at once."""
 
@@ -125,18 +127,18 @@ class JointAdamW:
     def __init__(self, moving: Sequence[Moving]) -> None:
         device = moving[0].parameter.device
         self._sizes = torch.tensor([own.parameter.numel() for own in moving])
-        tiles = -(-self._sizes // BLOCK)
-        firsts = tiles.cumsum(0) - tiles
+        firsts, owners = shared_out(-(-self._sizes // BLOCK))
         begins = [i for i, own in enumerate(moving) if i == 0 or own.adapter != moving[i - 1].adapter]
         self._host = torch.tensor([[tensor.data_ptr() for tensor in own[:5]] for own in moving])
         self._places = self._host.to(device)
         belongs = torch.tensor([own[5:] for own in moving])
         self._forms = torch.cat([self._sizes[:, None], firsts[:, None], belongs], 1).to(device)
-        self._owners = torch.arange(len(moving), dtype=torch.int32).repeat_interleave(tiles).to(device)
+        self._owners = owners.to(device)
         self._bounds = torch.tensor([*firsts[begins].tolist(), len(self._owners)]).to(device)
         self._sums = torch.empty(len(self._owners), device=device)
         self._factors, self._norms = (torch.empty(len(begins), device=device) for _ in range(2))
         self._rates = torch.empty(len(moving), 7, device=device)
+        self._aligned = self._are_aligned()
 
     def step(self, gradients: Sequence[Tensor] | None, groups: Sequence[Any], limits: Sequence[float]) -> Tensor:
         """Take a step and return the norm of each adapter's gradient [adapters] float32, without waiting.
@@ -149,6 +151,7 @@ class JointAdamW:
         if gradients is not None:
             self._host[:, 1] = torch.tensor([gradient.data_ptr() for gradient in gradients])
             self._places.copy_(self._pinned(self._host), non_blocking=True)
+            self._aligned = self._are_aligned()
         table = [
             [g["lr"], *(1 - beta for beta in g["betas"]), g["eps"], g["weight_decay"], *map(math.log, g["betas"])]
             for g in groups
@@ -161,10 +164,12 @@ class JointAdamW:
         _squares[tiles](*tensors, self._sums, BLOCK=BLOCK)
         _factors[(len(limits),)](self._bounds, self._sums, bounds, self._norms, self._factors, BLOCK=1024)
         _rates[(len(self._forms),)](self._places, self._forms, settings, self._rates)
-        # tensors that lie so are read several numbers at once
-        aligned = not (self._host[:, :4] % 16).any() and not (self._sizes % 16).any()
-        _adamw[tiles](*tensors, self._factors, self._rates, BLOCK=BLOCK, ALIGNED=bool(aligned))
+        _adamw[tiles](*tensors, self._factors, self._rates, BLOCK=BLOCK, ALIGNED=self._aligned)
         return self._norms
+
+    def _are_aligned(self) -> bool:
+        """Return whether all tensors lie so that several of their numbers are read at once."""
+        return not (self._host[:, :4] % 16).any() and not (self._sizes % 16).any()
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         """Return a tensor from where a copy to the device need not wait for it."""

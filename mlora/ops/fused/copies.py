@@ -106,6 +106,11 @@ class FusedCopies:
         return write if recorded else lambda: None
 
 
+def shared_out(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first tile of each tensor, from how many each has, and whose each tile is (int32)."""
+    return tiles.cumsum(0) - tiles, torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(tiles)
+
+
 def _recording(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -121,8 +126,8 @@ def _tables(pairs: Pairs) -> dict[_Kind, _Tables]:
         every = torch.tensor(matrices, dtype=torch.int64)
         rows, columns = every[:, 2], every[:, 3]
         tiles = -(-rows // kind.tile_rows) * -(-columns // (ELEMENTS // kind.tile_rows))
-        forms = torch.cat([every[:, 2:], (tiles.cumsum(0) - tiles)[:, None]], 1)
-        owners = torch.arange(len(every), dtype=torch.int32).repeat_interleave(tiles)
+        firsts, owners = shared_out(tiles)
+        forms = torch.cat([every[:, 2:], firsts[:, None]], 1)
         made[kind] = _Tables(every[:, :2].contiguous(), forms, owners)
     return made
 

@@ -28,15 +28,23 @@ MOST_LAYERS = 3
 
 
 @triton.jit
-def _bits(keys, t, live, f, salt, second_salt, third_salt, COUNT: tl.constexpr):
-    """Return the random bits of up to three layers; those of the first in place of what there is not."""
+def _tile(
+    keys, tokens, salt, second_salt, third_salt, COUNT: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
+):  # fmt: skip
+    """Return a program's tokens, columns of a half and live tokens, and the random bits of up to three layers.
+
+    Bits of the first are in place of what there is not.
+    """
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    live = t < tokens
     first = mask_bits(token_keys(keys, t, live, 0, salt, False), f)
     second, third = first, first
     if COUNT > 1:
         second = mask_bits(token_keys(keys, t, live, 0, second_salt, False), f)
     if COUNT > 2:
         third = mask_bits(token_keys(keys, t, live, 0, third_salt, False), f)
-    return first, second, third
+    return t, f, live, first, second, third
 
 
 @triton.jit
@@ -49,10 +57,7 @@ def _dropout(
     x, out, keys, tokens, features, half, x_token, salt, second_salt, third_salt, dropped,
     COUNT: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    f = tl.program_id(1) * BF + tl.arange(0, BF)
-    live = t < tokens
-    first, second, third = _bits(keys, t, live, f, salt, second_salt, third_salt, COUNT)
+    t, f, live, first, second, third = _tile(keys, tokens, salt, second_salt, third_salt, COUNT, BT, BF)
     for side in tl.static_range(2):
         both = live[:, None] & (f < (features - half if side else half))[None, :]
         column = side * half + f
@@ -68,10 +73,7 @@ def _add_dropped(
     out, products, keys, tokens, features, half, o_token, salt, second_salt, third_salt, dropped,
     COUNT: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    f = tl.program_id(1) * BF + tl.arange(0, BF)
-    live = t < tokens
-    first, second, third = _bits(keys, t, live, f, salt, second_salt, third_salt, COUNT)
+    t, f, live, first, second, third = _tile(keys, tokens, salt, second_salt, third_salt, COUNT, BT, BF)
     for side in tl.static_range(2):
         both = live[:, None] & (f < (features - half if side else half))[None, :]
         column = side * half + f
